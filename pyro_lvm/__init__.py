@@ -1,0 +1,59 @@
+"""Latent-variable models in Pyro: train any model/guide pair, measure log p(x) per datum, compare guides.
+
+A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the same arguments.
+
+* `fit` trains a pair with Pyro's SVI.
+* `log_marginal` estimates log p(x) of every datum, with an error and a verdict.
+* `compare` puts pairs side by side; `log_weights` and `elbo` are what all of it is made of.
+"""
+
+from pyro_lvm import datasets, errors, evidence, guides, models, nn, ops, plots
+from pyro_lvm._version import __version__
+from pyro_lvm.compare import Comparison, compare
+from pyro_lvm.errors import (
+    DatasetError,
+    DataTypeError,
+    ParameterError,
+    PlateError,
+    PyroLVMError,
+    ShapeError,
+    SiteError,
+    SupportError,
+    UnreliableEstimateWarning,
+    UntrainedParameterWarning,
+)
+from pyro_lvm.evidence import LogMarginal
+from pyro_lvm.evidence import importance as log_marginal
+from pyro_lvm.tracing import elbo, log_weights
+from pyro_lvm.training import FitResult, callbacks, fit
+
+__all__ = [
+    "Comparison",
+    "DataTypeError",
+    "DatasetError",
+    "FitResult",
+    "LogMarginal",
+    "ParameterError",
+    "PlateError",
+    "PyroLVMError",
+    "ShapeError",
+    "SiteError",
+    "SupportError",
+    "UnreliableEstimateWarning",
+    "UntrainedParameterWarning",
+    "__version__",
+    "callbacks",
+    "compare",
+    "datasets",
+    "elbo",
+    "errors",
+    "evidence",
+    "fit",
+    "guides",
+    "log_marginal",
+    "log_weights",
+    "models",
+    "nn",
+    "ops",
+    "plots",
+]

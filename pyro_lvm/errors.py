@@ -1,0 +1,54 @@
+"""Errors and warnings of the package. Every message names what was expected, what came and the cure."""
+
+__all__ = [
+    "DatasetError",
+    "DataTypeError",
+    "ParameterError",
+    "PlateError",
+    "PyroLVMError",
+    "ShapeError",
+    "SiteError",
+    "SupportError",
+    "UnreliableEstimateWarning",
+    "UntrainedParameterWarning",
+]
+
+
+class PyroLVMError(Exception):
+    """Base of every error that the package raises."""
+
+
+class PlateError(PyroLVMError, ValueError):
+    """The data plate is missing, ambiguous, of the wrong size, or does not enclose what it must."""
+
+
+class SupportError(PyroLVMError, ValueError):
+    """A value or a guide lies outside, or does not cover, the support that a density needs."""
+
+
+class SiteError(PyroLVMError, ValueError):
+    """The sites of a model and of its guide do not fit together."""
+
+
+class ShapeError(PyroLVMError, ValueError):
+    """A tensor has a shape that the call cannot use."""
+
+
+class ParameterError(PyroLVMError, ValueError):
+    """Parameters are not finite, or it is not clear which values of them are meant."""
+
+
+class DataTypeError(PyroLVMError, TypeError):
+    """An argument is of a kind or dtype that the call cannot use."""
+
+
+class DatasetError(PyroLVMError, RuntimeError):
+    """A data set is not where it was looked for, or its files are damaged."""
+
+
+class UnreliableEstimateWarning(UserWarning):
+    """An estimate was computed, but its own diagnostics say not to rely on it."""
+
+
+class UntrainedParameterWarning(UserWarning):
+    """A parameter came into being during evaluation: nothing has trained it."""

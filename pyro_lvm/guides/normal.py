@@ -1,0 +1,132 @@
+r"""Gaussian guides q(z|x) = N(m, S S^T), with m and S from an encoder or free for each datum.
+
+At parameters of zero every family here is N(0, I): scales are softplus(raw + log(e - 1)), which is 1 at raw = 0.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+from pyro_lvm._checks import check_positive_int
+from pyro_lvm.guides.base import VariationalParameters, sample_latent
+
+__all__ = ["DiagonalNormal", "FullRankNormal", "diagonal_normal", "diagonal_size", "full_rank_normal", "full_rank_size"]
+
+_SOFTPLUS_OF_THIS_IS_ONE = math.log(math.e - 1)
+
+
+class DiagonalNormal(nn.Module):
+    r"""Mean-field Gaussian guide.
+
+    .. math:: q(z \mid x) = \prod_l N(z_l; m_l, s_l^2)
+
+    Args:
+        latent_dim: L.
+        encoder: maps x to ``(N, 2 L)``: the means, then the raw scales.
+        num_data: N, for local parameters, in the place of ``encoder``.
+        site: the latent's name in the model.
+
+    Raises:
+        DataTypeError: neither or both of ``encoder`` and ``num_data`` are given.
+        ShapeError: (when used) the encoder's output has another size, or x has not ``num_data`` rows.
+
+    Source: Kingma and Welling (2014), Eq. (9).
+
+    Example:
+        >>> from pyro_lvm.nn import MLP
+        >>> guide = DiagonalNormal(2, encoder=MLP(64, [32], 4))
+        >>> guide(torch.zeros(5, 64)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self, latent_dim: int, encoder: nn.Module | None = None, *, num_data: int | None = None, site: str = "z"
+    ) -> None:
+        super().__init__()
+        self.latent_dim = check_positive_int("latent_dim", latent_dim)
+        self.phi = VariationalParameters(diagonal_size(latent_dim), encoder, num_data)
+        self.site = site
+
+    def distribution(self, x: torch.Tensor) -> dist.Independent:
+        """q(z|x): batch shape ``(N,)``, event shape ``(L,)``."""
+        return diagonal_normal(self.phi(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The Pyro guide; returns z, ``(N, L)``."""
+        pyro.module("DiagonalNormal", self)
+        return sample_latent(self.distribution(x), x, self.site)
+
+
+class FullRankNormal(nn.Module):
+    r"""Gaussian guide with a full covariance; it contains :class:`DiagonalNormal`.
+
+    .. math:: q(z \mid x) = N(z; m, S S^T), \qquad S \text{ lower triangular with a positive diagonal}
+
+    Args:
+        latent_dim: L.
+        encoder: maps x to ``(N, L + L (L + 1) / 2)``: the means, the raw diagonal of S, then what is below it, by rows.
+        num_data: N, for local parameters, in the place of ``encoder``.
+        site: the latent's name in the model.
+
+    Raises:
+        DataTypeError: neither or both of ``encoder`` and ``num_data`` are given.
+        ShapeError: (when used) the encoder's output has another size, or x has not ``num_data`` rows.
+
+    Source: Kingma and Welling (2019), An Introduction to Variational Autoencoders, Section 2.5.1.
+
+    Example:
+        >>> guide = FullRankNormal(2, num_data=5)
+        >>> guide.distribution(torch.zeros(5, 64)).scale_tril[0]
+        tensor([[1., 0.],
+                [0., 1.]], grad_fn=<SelectBackward0>)
+    """
+
+    def __init__(
+        self, latent_dim: int, encoder: nn.Module | None = None, *, num_data: int | None = None, site: str = "z"
+    ) -> None:
+        super().__init__()
+        self.latent_dim = check_positive_int("latent_dim", latent_dim)
+        self.phi = VariationalParameters(full_rank_size(latent_dim), encoder, num_data)
+        self.site = site
+
+    def distribution(self, x: torch.Tensor) -> dist.MultivariateNormal:
+        """q(z|x): batch shape ``(N,)``, event shape ``(L,)``."""
+        return full_rank_normal(self.phi(x), self.latent_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The Pyro guide; returns z, ``(N, L)``."""
+        pyro.module("FullRankNormal", self)
+        return sample_latent(self.distribution(x), x, self.site)
+
+
+def diagonal_size(latent_dim: int) -> int:
+    """Parameters of one diagonal Gaussian: L means and L scales."""
+    return 2 * latent_dim
+
+
+def full_rank_size(latent_dim: int) -> int:
+    """Parameters of one full Gaussian: L means and L (L + 1) / 2 entries of a triangle."""
+    return latent_dim + latent_dim * (latent_dim + 1) // 2
+
+
+def diagonal_normal(phi: torch.Tensor) -> dist.Independent:
+    """The Gaussian with parameters phi ``(N, 2 L)``."""
+    loc, raw = phi.chunk(2, dim=-1)  # (N, L) each
+    return dist.Normal(loc, _positive(raw)).to_event(1)
+
+
+def full_rank_normal(phi: torch.Tensor, latent_dim: int) -> dist.MultivariateNormal:
+    """The Gaussian with parameters phi ``(N, L + L (L + 1) / 2)``."""
+    loc, raw, below = phi.split([latent_dim, latent_dim, phi.shape[-1] - 2 * latent_dim], dim=-1)
+    rows, columns = torch.tril_indices(latent_dim, latent_dim, offset=-1, device=phi.device)
+    scale_tril = _positive(raw).diag_embed()  # (N, L, L)
+    scale_tril[..., rows, columns] = below
+    return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+def _positive(raw: torch.Tensor) -> torch.Tensor:
+    return softplus(raw + _SOFTPLUS_OF_THIS_IS_ONE)

@@ -1,0 +1,155 @@
+"""Everything that :mod:`~pyro_lvm.ops.weights` and :mod:`~pyro_lvm.ops.pareto` say, from chunks of particles.
+
+A table of K x N log-weights never exists: per datum a handful of float64 sums and the tail_size(K) + 1 largest
+log-weights are kept. The numbers agree with the one-shot functions to rounding for every way of cutting K.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pyro_lvm._checks import check_positive_int, refuse
+from pyro_lvm.errors import ShapeError
+from pyro_lvm.ops.log_space import log_weight_table
+from pyro_lvm.ops.moments import WeightMoments, merge_moments, weight_moments
+from pyro_lvm.ops.pareto import khat_from_tail, tail_size
+from pyro_lvm.ops.status import STATUSES, classify
+
+__all__ = ["WeightAccumulator", "WeightSummary"]
+
+# Rounding error of a log-weight in units of eps x noise_scale. A sum of n terms errs by about sqrt(n) eps / 2 of their
+# size, so 64 covers tens of thousands of terms; a spread above it that means anything is far larger.
+_NOISE_FACTOR = 64
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSummary:
+    """What K particles say about log p(x), per datum; all ``(N,)``, float64, in nats where not stated.
+
+    Attributes:
+        value: log p-hat, the raw log mean weight. Biased low.
+        stderr: Standard error of ``value`` (delta method); 0 for zero variance.
+        bias: Estimated bias of ``value``, -stderr^2 / 2; it does not average out over data.
+        elbo: Mean log-weight, -inf if one weight is zero.
+        ess: Effective sample size, a number of particles; K for zero variance, NaN where every weight is zero.
+        khat: Pareto tail index; NaN where there is no tail to fit.
+        spread: Largest less smallest log-weight; NaN where every weight is zero.
+        noise: Rounding error of a log-weight; a spread of no more is called zero.
+        num_nonfinite: Number of log-weights that are NaN or +inf (int64).
+        num_zero: Number of weights that are zero, log-weight -inf (int64).
+        status: Codes, indices into :data:`~pyro_lvm.ops.STATUSES` (int64).
+        num_particles: Number of particles K (one int).
+    """
+
+    value: torch.Tensor
+    stderr: torch.Tensor
+    bias: torch.Tensor
+    elbo: torch.Tensor
+    ess: torch.Tensor
+    khat: torch.Tensor
+    spread: torch.Tensor
+    noise: torch.Tensor
+    num_nonfinite: torch.Tensor
+    num_zero: torch.Tensor
+    status: torch.Tensor
+    num_particles: int
+
+
+class WeightAccumulator:
+    """Collects the log-weights of N data over chunks of particles.
+
+    Args:
+        num_data: Number of data N.
+        num_particles: Number of particles K over all chunks; it fixes how many of the largest weights are kept.
+        device: Where the chunks come from and the sums are kept.
+
+    Raises:
+        DataTypeError: a count is not an integer.
+        ShapeError: a count is less than 1.
+
+    Example:
+        >>> accumulator = WeightAccumulator(num_data=1, num_particles=3)
+        >>> accumulator.update(torch.tensor([[1.0], [3.0]]).log(), noise_scale=torch.ones(1))
+        >>> accumulator.update(torch.tensor([[8.0]]).log(), noise_scale=torch.ones(1))
+        >>> accumulator.summary().value.exp()
+        tensor([4.0000], dtype=torch.float64)
+    """
+
+    def __init__(self, num_data: int, num_particles: int, device: torch.device | str = "cpu") -> None:
+        self.num_data = check_positive_int("num_data", num_data)
+        self.num_particles = check_positive_int("num_particles", num_particles)
+        zeros = torch.zeros(self.num_data, dtype=torch.float64, device=device)  # (N,)
+        empty = torch.full_like(zeros, -math.inf)
+        self._moments = WeightMoments(0, empty, zeros, zeros)
+        self._smallest = torch.full_like(zeros, math.inf)  # (N,)
+        self._log_sum = zeros  # (N,) sum of the log-weights
+        self._noise = zeros  # (N,)
+        self._num_nonfinite = zeros.long()  # (N,)
+        self._num_zero = zeros.long()  # (N,)
+        self._largest = zeros.new_empty(0, self.num_data)  # (up to M+1, N) descending
+        self._table_size = tail_size(self.num_particles) + 1
+
+    def update(self, log_weights: torch.Tensor, noise_scale: torch.Tensor) -> None:
+        """Take in one chunk of k particles; the graph is dropped and the device is not waited for.
+
+        Args:
+            log_weights: Log-weights in nats, ``(k, N)``, of any floating dtype.
+            noise_scale: Size in nats of the terms that were added up to a log-weight, ``(N,)``, e.g. the largest sum of
+                their absolute values. Rounding in the dtype of ``log_weights`` is proportional to it, whatever
+                the terms cancel to.
+
+        Raises:
+            DataTypeError: ``log_weights`` is not a floating tensor.
+            ShapeError: not ``(k, N)`` and ``(N,)``.
+        """
+        table = log_weight_table(log_weights).detach()  # (k, N)
+        if table.shape[1] != self.num_data:
+            cure = "Feed every chunk with the same data."
+            raise ShapeError(refuse("log_weights", f"shape (k, {self.num_data})", tuple(table.shape), cure))
+        if noise_scale.shape != (self.num_data,):
+            cure = "Give one size of the summed terms per datum."
+            raise ShapeError(refuse("noise_scale", f"shape ({self.num_data},)", tuple(noise_scale.shape), cure))
+        noise = _NOISE_FACTOR * torch.finfo(log_weights.dtype).eps * noise_scale.detach().double()  # (N,)
+        self._noise = torch.maximum(self._noise, noise)
+        self._moments = merge_moments(self._moments, weight_moments(table))
+        self._smallest = torch.minimum(self._smallest, table.amin(dim=0))
+        self._log_sum = self._log_sum + table.sum(dim=0)
+        self._num_nonfinite = self._num_nonfinite + (table.isnan() | table.isposinf()).sum(dim=0)
+        self._num_zero = self._num_zero + table.isneginf().sum(dim=0)
+        pool = torch.cat([self._largest, table])  # (at most M+1+k, N)
+        self._largest = pool.topk(min(self._table_size, len(pool)), dim=0).values
+
+    def summary(self) -> WeightSummary:
+        """The numbers of all particles taken in.
+
+        Returns:
+            A record of ``(N,)`` tensors.
+
+        Raises:
+            ShapeError: the number of particles taken in is not ``num_particles``.
+        """
+        seen = self._moments.count
+        if seen != self.num_particles:
+            cure = "Every particle counts once: call update until the chunks add up."
+            raise ShapeError(refuse("num_particles", f"{self.num_particles} particles", seen, cure))
+        value = self._moments.log_mean  # (N,)
+        spread = self._moments.shift - self._smallest
+        khat = khat_from_tail(self._largest, self._noise)
+        status = classify(value, spread, self._noise, khat, seen)
+        equal = status == STATUSES.index("zero_variance")
+        variance = self._moments.relative_variance.masked_fill(equal, 0.0)
+        return WeightSummary(
+            value=value,
+            stderr=variance.sqrt(),
+            bias=-0.5 * variance,
+            elbo=self._log_sum / seen,
+            ess=self._moments.effective_sample_size.masked_fill(equal, float(seen)),
+            khat=khat,
+            spread=spread,
+            noise=self._noise,
+            num_nonfinite=self._num_nonfinite,
+            num_zero=self._num_zero,
+            status=status,
+            num_particles=seen,
+        )

@@ -1,0 +1,71 @@
+"""The arguments of a call, with what belongs to each datum: sliced, repeated and moved together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from pyro_lvm._checks import refuse
+from pyro_lvm.errors import ShapeError
+
+__all__ = ["Batch", "DataArgs", "Rows", "make_batch"]
+
+#: "auto", or the positions among ``*args`` of the arguments that have one row per datum.
+DataArgs = str | Sequence[int]
+
+
+class Rows(Protocol):
+    """Data of which any rows can be had."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: slice) -> "Batch":
+        """The arguments of some data."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of a model or guide; ``per_datum`` says which of them have one row per datum."""
+
+    args: tuple[Any, ...]
+    per_datum: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.args[0])
+
+    def rows(self, index: slice | torch.Tensor) -> "Batch":
+        """Some of the data."""
+        pairs = zip(self.args, self.per_datum, strict=True)
+        return Batch(tuple(a[index] if own else a for a, own in pairs), self.per_datum)
+
+    def repeat(self, times: int) -> "Batch":
+        """All data ``times`` times over: row ``k * N + n`` is datum n."""
+        pairs = zip(self.args, self.per_datum, strict=True)
+        return Batch(tuple(a.repeat(times, *[1] * (a.dim() - 1)) if own else a for a, own in pairs), self.per_datum)
+
+    def to(self, device: torch.device | str | None) -> "Batch":
+        """On another device; ``None`` leaves it where it is."""
+        if device is None:
+            return self
+        return Batch(tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in self.args), self.per_datum)
+
+
+def make_batch(x: torch.Tensor, args: Sequence[Any], data_args: DataArgs = "auto") -> Batch:
+    """x and its companions; tensors with ``len(x)`` rows go with x unless ``data_args`` lists those that do.
+
+    Raises:
+        ShapeError: an argument named in ``data_args`` has not one row per datum.
+    """
+
+    def has_rows(a: Any) -> bool:
+        return isinstance(a, torch.Tensor) and a.dim() > 0 and len(a) == len(x)
+
+    if isinstance(data_args, str):
+        return Batch((x, *args), (True, *map(has_rows, args)))
+    for i in data_args:
+        if not (0 <= i < len(args) and has_rows(args[i])):
+            got = tuple(args[i].shape) if 0 <= i < len(args) and isinstance(args[i], torch.Tensor) else "none"
+            cure = "List the positions, from 0, of the arguments after x that have one row per datum."
+            raise ShapeError(refuse("data_args", f"argument {i} to have {len(x)} rows", got, cure))
+    return Batch((x, *args), (True, *(i in data_args for i in range(len(args)))))

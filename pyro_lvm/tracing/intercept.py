@@ -1,0 +1,201 @@
+"""Running a program under Pyro's effect handlers, and the log-density of one site.
+
+The only place that knows Pyro's messages. Everything above works on traces and on plain tensors.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, constraints
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+
+__all__ = [
+    "PARTICLES",
+    "Site",
+    "Trace",
+    "Values",
+    "base_distribution",
+    "element_constraint",
+    "is_latent",
+    "is_observed",
+    "is_real",
+    "outside_support",
+    "run",
+    "scaled_plate",
+    "site_log_prob",
+    "support",
+    "vectorised_frames",
+]
+
+#: Name of the plate that holds the particles.
+PARTICLES = "_pyro_lvm_particles"
+
+#: What Pyro knows of one statement: "fn", "value", "mask", "cond_indep_stack", "infer", ...
+Site = Mapping[str, Any]
+#: name -> site, in the order of the run
+Trace = dict[str, Site]
+#: name -> value of latent sites
+Values = Mapping[str, torch.Tensor]
+
+
+def is_latent(site: Site) -> bool:
+    """A random variable that is not observed."""
+    return site["type"] == "sample" and not site["is_observed"]
+
+
+def is_observed(site: Site) -> bool:
+    """An observed random variable or a factor; ``pyro.deterministic`` has no density and is neither."""
+    return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
+
+
+def vectorised_frames(site: Site) -> list[Any]:
+    """The plates around a site that have a tensor dimension."""
+    return [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
+
+
+def base_distribution(fn: Any) -> Any:
+    """The distribution under ``to_event``, ``expand`` and ``mask``."""
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn
+
+
+class _Substitute(Messenger):
+    """Gives latent sites the values that it is handed."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class _BatchShapes(Messenger):
+    """Records the batch rank of each site before the plates outside of this handler expand it."""
+
+    def __init__(self, ranks: dict[str, int]) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.ranks[msg["name"]] = len(getattr(msg["fn"], "batch_shape", ()))
+
+
+class _ScalePlate(Messenger):
+    """Multiplies the scale of every site inside one plate."""
+
+    def __init__(self, plate: str, factor: float) -> None:
+        super().__init__()
+        self.plate, self.factor = plate, factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
+            msg["scale"] = msg["scale"] * self.factor
+
+
+def scaled_plate(program: Callable[..., Any], plate: str, factor: float) -> Callable[..., Any]:
+    """``program`` with the log-densities of every site inside ``plate`` multiplied by ``factor``."""
+
+    def scaled(*args: Any) -> Any:
+        with _ScalePlate(plate, factor):
+            return program(*args)
+
+    return scaled
+
+
+def run(  # noqa: PLR0913
+    program: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    values: Values | None = None,
+    num_particles: int | None = None,
+    nesting: int = 0,
+    enumerated: Iterable[str] = (),
+    ranks: dict[str, int] | None = None,
+) -> Trace:
+    """Trace ``program(*args)``, hidden from handlers outside.
+
+    Args:
+        program: a model or a guide.
+        args: its arguments.
+        values: what latent sites are set to; the others are drawn.
+        num_particles: run inside a particle plate of this size, to the left of all others.
+        nesting: number of batch dimensions that the pair's own plates use.
+        enumerated: names of discrete sites to enumerate in parallel, to the left of the particles.
+        ranks: filled with the batch rank of each site before the particle plate expands it.
+    """
+    particle_dims = 0 if num_particles is None else 1
+    names = frozenset(enumerated)
+    trace = poutine.trace()
+    with ExitStack() as stack:
+        stack.enter_context(poutine.block(hide_types=["sample"]))
+        stack.enter_context(trace)
+        stack.enter_context(_Substitute(values or {}))
+        if names:
+            stack.enter_context(poutine.enum(first_available_dim=-nesting - particle_dims - 1))
+            configure = poutine.infer_config(
+                config_fn=lambda site: {"enumerate": "parallel"} if site["name"] in names else {}
+            )
+            stack.enter_context(configure)
+        if num_particles is not None:
+            stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-nesting - 1))
+        if ranks is not None:
+            stack.enter_context(_BatchShapes(ranks))
+        program(*args)
+    return dict(prune_subsample_sites(trace.trace).nodes)
+
+
+def site_log_prob(site: Site, check_support: bool = False) -> torch.Tensor:
+    """log-density of a site with its mask and without its scale; the batch shape of the site.
+
+    A mask says which data there are, a scale how training weighs them; neither of the two log-densities that a Pyro
+    trace computes makes that cut. With ``check_support`` a value outside the support gets log-density ``-inf``, which
+    distributions return only by chance.
+    """
+    fn, value = site["fn"], site["value"]
+    log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
+    if check_support:
+        log_prob = log_prob.masked_fill(outside_support(fn, value), -torch.inf)
+    return scale_and_mask(log_prob, 1.0, site["mask"])
+
+
+def support(fn: Any) -> Any:
+    """The constraint that a distribution's values satisfy, or None where it does not say."""
+    if isinstance(base_distribution(fn), Delta):
+        return None
+    try:
+        return fn.support
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def outside_support(fn: Any, value: torch.Tensor) -> torch.Tensor:
+    """Where ``value`` has density zero under ``fn``; batch shape. A NaN is unknown, not outside."""
+    constraint = support(fn)
+    if constraint is None or is_real(constraint):
+        return torch.zeros((), dtype=torch.bool, device=value.device)
+    outside = ~constraint.check(value)
+    unknown = value.isnan()
+    for _ in range(value.dim() - outside.dim()):
+        unknown = unknown.any(-1)
+    return outside & ~unknown
+
+
+def element_constraint(constraint: Any) -> Any:
+    """The constraint on one element, under ``to_event``."""
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def is_real(constraint: Any) -> bool:
+    """Whether the constraint is the whole real line or space."""
+    return isinstance(element_constraint(constraint), type(constraints.real))

@@ -1,0 +1,73 @@
+"""Contexts that leave no trace: random numbers, module modes and validation flags return to what they were."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_lvm.tracing.params import anchor
+
+__all__ = ["eval_mode", "forked_rng", "validation"]
+
+
+@contextmanager
+def forked_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Seed torch, NumPy and Python inside, and restore their states afterwards; with ``seed=None`` do nothing.
+
+    ``devices`` are the CUDA devices whose generators are forked as well.
+    """
+    if seed is None:
+        yield
+        return
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            pyro.set_rng_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def eval_mode(*programs: Callable[..., Any] | None) -> Iterator[None]:
+    """Run modules in eval mode and restore their modes: those of ``programs``, and any other that is called inside.
+
+    A plain function may call modules that nothing else knows of, so each module is switched at its first call.
+    """
+    switched: list[torch.nn.Module] = []
+
+    def switch(module: torch.nn.Module, *_: Any) -> None:
+        for part in module.modules() if module.training else ():
+            if part.training:
+                switched.append(part)
+                part.training = False
+
+    for program in programs:
+        if isinstance(owner := anchor(program), torch.nn.Module):
+            for part in owner.modules():
+                switch(part)
+    hook = register_module_forward_pre_hook(switch)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in switched:
+            module.training = True
+
+
+@contextmanager
+def validation(enabled: bool) -> Iterator[None]:
+    """Switch Pyro's and torch's validation; both flags are restored, also where they disagreed."""
+    flag = torch.distributions.Distribution._validate_args
+    try:
+        with pyro.validation_enabled(enabled):
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(flag)

@@ -1,0 +1,252 @@
+"""Which callable has learned which parameters, so that pairs never train over each other's values.
+
+Pyro keeps parameters in one process-wide store, by name. A pair is trained in the current store, as ``SVI`` would, and
+afterwards each of its callables remembers the tensors that it learned. Callables are told apart by function and bound
+object, and are held weakly. Two rules follow:
+
+* training a pair whose names are held by *another* pair happens in a store of its own (`training_store`);
+* evaluating a pair runs over the current store with the pair's own learned tensors on top, and leaves the current
+  store exactly as it was (`evaluation_store`).
+"""
+
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyro_lvm._typing import Guide, Model
+from pyro_lvm.errors import ParameterError, UntrainedParameterWarning
+
+__all__ = ["Fitted", "Params", "anchor", "current_params", "evaluation_store", "module_parameters", "training_store"]
+
+#: name -> (unconstrained tensor, constraint); the tensors are live, not copies.
+Params = dict[str, tuple[torch.Tensor, Any]]
+
+logger = logging.getLogger("pyro_lvm")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a callable learned in one pair, in the current store or in one of the pair's own."""
+
+    params: Params
+    own_store: bool
+
+    def valid(self) -> Params:
+        """Without the values that went when the current store was cleared."""
+        here = current_params()
+        return self.params if self.own_store else {n: p for n, p in self.params.items() if n in here}
+
+
+@dataclass
+class _Record:
+    """What one callable has learned, one entry for each callable that it was paired with, latest last."""
+
+    token: object = field(default_factory=object)
+    by_partner: dict[object, _Entry] = field(default_factory=dict)
+
+
+_records: Any = WeakIdKeyDictionary()  # function or bound object -> {rest of the key: _Record}
+
+
+class Fitted:
+    """A callable together with the parameters that `fit` gave it: calling it finds them in any param store."""
+
+    def __init__(self, program: Callable[..., Any], params: Params) -> None:
+        self.program = program
+        self.params = params
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _installed(current_params() | self.params):
+            return self.program(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
+    def __repr__(self) -> str:
+        return f"Fitted({self.program!r}, {len(self.params)} parameters)"
+
+
+def _identity(program: Callable[..., Any]) -> tuple[Any, Hashable]:
+    """(object to hold weakly, rest of the key): bound methods and partials are new objects at every access."""
+    if isinstance(program, Fitted):
+        return _identity(program.program)
+    if isinstance(program, functools.partial):
+        owner, rest = _identity(program.func)
+        plain = (str, int, float, bool, type(None))
+        bound = (*enumerate(program.args), *sorted(program.keywords.items()))
+        return owner, (rest, tuple((k, v if isinstance(v, plain) else id(v)) for k, v in bound))
+    if inspect.ismethod(program):
+        return program.__self__, program.__func__
+    return program, None
+
+
+def anchor(program: Callable[..., Any] | None) -> Any:
+    """The function, module or bound object behind a callable."""
+    return None if program is None else _identity(program)[0]
+
+
+def _record(program: Callable[..., Any], create: bool = False) -> _Record:
+    owner, rest = _identity(program)
+    if not create:
+        return (_records.get(owner) or {}).get(rest) or _Record()
+    if owner not in _records:
+        _records[owner] = {}
+    return _records[owner].setdefault(rest, _Record())
+
+
+def current_params() -> Params:
+    """The contents of the current param store."""
+    state = pyro.get_param_store().get_state()
+    return {name: (value, state["constraints"][name]) for name, value in state["params"].items()}
+
+
+@contextmanager
+def _installed(params: Params) -> Iterator[None]:
+    """Put ``params`` in the place of the current store's contents; restore those on the way out."""
+    store = pyro.get_param_store()
+    outer = store.get_state()
+
+    store.clear()
+    _add_to_store(params)
+    try:
+        yield
+    finally:
+        store.clear()
+        store.set_state(outer)
+
+
+def _add_to_store(params: Params) -> None:
+    values = {name: value for name, (value, _) in params.items()}
+    constraints = {name: constraint for name, (_, constraint) in params.items()}
+    pyro.get_param_store().set_state({"params": values, "constraints": constraints})
+
+
+def _same(a: Params, b: Params) -> bool:
+    return all(n in b and (t is b[n][0] or torch.equal(t, b[n][0])) for n, (t, _) in a.items())
+
+
+def _learned_by(program: Callable[..., Any], partner: Callable[..., Any] | None) -> Params:
+    if isinstance(program, Fitted):
+        return program.params
+    entries = _record(program).by_partner
+    token = _record(partner).token if partner is not None else None
+    if token in entries:
+        return entries[token].valid()
+    candidates = [params for entry in entries.values() if (params := entry.valid())]
+    if not all(_same(candidates[-1], other) for other in candidates):
+        name = getattr(program, "__qualname__", type(program).__name__)
+        raise ParameterError(
+            f"{name}: expected parameters of one fit, got a callable that was fitted in {len(candidates)} pairs with "
+            "different values. Pass the pair that it was fitted in, or `FitResult.model` / `FitResult.guide`."
+        )
+    return candidates[-1] if candidates else {}
+
+
+def learned(model: Model, guide: Guide | None) -> Params:
+    """The parameters that this pair learned, or, for a new pair, those that its two callables bring along."""
+    return _learned_by(model, guide) | (_learned_by(guide, model) if guide is not None else {})
+
+
+@contextmanager
+def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
+    """Run over the current store with the pair's learned values on top; nothing of it remains afterwards.
+
+    A name of which the current store holds a value that no fit produced (loaded from disk, say) is taken from there.
+
+    Warns:
+        UntrainedParameterWarning: a parameter came into being inside, so its value is an initial one.
+    """
+    here = current_params()
+    wanted = learned(model, guide)
+    loaded = {n for n in wanted if n in here and not _owners(n, here[n][0])}
+    before = here | {n: p for n, p in wanted.items() if n not in loaded}
+    modules = {id(p) for program in (model, guide) for p in module_parameters(program)}
+    with _installed(before):
+        yield
+        after = current_params()
+    new = [n for n, (t, _) in after.items() if n not in before]
+    untrained = [n for n in new if not isinstance(after[n][0], torch.nn.Parameter)]
+    created = {id(p) for program in (model, guide) for p in module_parameters(program)} - modules
+    untrained += [n for n in new if id(after[n][0]) in created]
+    if untrained:
+        message = f"parameters {sorted(untrained)} were created during evaluation, with their initial values. "
+        warnings.warn(
+            message + "Train the pair with fit(), or load its parameters first.", UntrainedParameterWarning, 3
+        )
+
+
+def module_parameters(program: Any) -> list[torch.nn.Parameter]:
+    """Parameters of the module that a callable is or is bound to."""
+    owner = anchor(program)
+    return list(owner.parameters()) if isinstance(owner, torch.nn.Module) else []
+
+
+def _owners(name: str, tensor: torch.Tensor) -> set[object]:
+    """Tokens of the callables that learned this very tensor under this name."""
+    records = [record for rest in _records.values() for record in rest.values()]
+    return {r.token for r in records for e in r.by_partner.values() if e.params.get(name, (None,))[0] is tensor}
+
+
+def _clashes(mine: Params) -> list[str]:
+    """Names of this pair under which the current store holds values of another."""
+    here = current_params()
+    differing = [n for n, (tensor, _) in mine.items() if n in here and here[n][0] is not tensor]
+    return [n for n in differing if _owners(n, here[n][0]) or isinstance(mine[n][0], torch.nn.Parameter)]
+
+
+Names = tuple[set[str], set[str]]
+
+
+@contextmanager
+def training_store(model: Model, guide: Guide, parameter_names: Callable[[], Names]) -> Iterator[dict[str, Params]]:
+    """The store in which to train: the current one, or one of the pair's own where names clash.
+
+    ``parameter_names`` runs both callables once, in a store that holds only what they have already learned, and returns
+    the names that each uses. A pair that needs a store of its own starts with copies of what its callables learned in
+    other pairs, so that those stay as they are. On the way out, also after an error, each callable remembers its
+    parameters. Yields a dictionary that then holds them under ``"params"``.
+    """
+    before = learned(model, guide)
+    with _installed(before):
+        model_names, guide_names = parameter_names()
+        mine = current_params()
+    clashes = _clashes(mine)
+    if clashes:
+        shown = str(clashes) if len(clashes) < 4 else f"{clashes[:3]} and {len(clashes) - 3} more"
+        logger.warning("parameters %s of the param store belong to another pair: this pair trains in its own", shown)
+    refit = _record(guide).token in _record(model).by_partner
+    start = mine | ({} if refit else {n: _copy(p) for n, p in before.items()})
+    result: dict[str, Params] = {"params": {}}
+    with _installed(start) if clashes else nullcontext():
+        here = current_params()
+        _add_to_store({n: p for n, p in start.items() if n not in here})
+        try:
+            yield result
+        finally:
+            result["params"] = _remember(model, guide, model_names, guide_names, own_store=bool(clashes))
+
+
+def _copy(param: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+    tensor, constraint = param
+    if isinstance(tensor, torch.nn.Parameter):
+        return param
+    return tensor.detach().clone().requires_grad_(True), constraint
+
+
+def _remember(model: Model, guide: Guide, model_names: set[str], guide_names: set[str], own_store: bool) -> Params:
+    """Note which parameters each callable of the pair has learned; returns all of them."""
+    here = current_params()
+    for program, partner, names in ((model, guide, model_names), (guide, model, guide_names)):
+        record, token = _record(program, create=True), _record(partner, create=True).token
+        record.by_partner.pop(token, None)  # so that it becomes the latest
+        record.by_partner[token] = _Entry({n: here[n] for n in sorted(names) if n in here}, own_store)
+    return {n: here[n] for n in sorted(model_names | guide_names) if n in here}

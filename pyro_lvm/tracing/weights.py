@@ -1,0 +1,197 @@
+"""The log-weights of a pair, log p(x, z) - log q(z | x): the one definition of them in the package."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pyro_lvm._checks import check_positive_int, data_tensor
+from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
+from pyro_lvm.errors import SupportError
+from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
+from pyro_lvm.tracing.intercept import is_latent, run
+from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
+from pyro_lvm.tracing.params import evaluation_store
+from pyro_lvm.tracing.particles import draw_from, run_program
+from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
+from pyro_lvm.tracing.sites import guide_sites, outside_data
+from pyro_lvm.tracing.tables import Table
+
+__all__ = ["Proposal", "check_data", "elbo", "evaluation", "log_weights", "weight_table"]
+
+
+class Proposal:
+    """The guide on some data. It runs once for all draws where its sites do not depend on one another."""
+
+    def __init__(self, plan: Plan, guide: Guide, batch: Batch) -> None:
+        self.plan, self.guide, self.batch = plan, guide, batch
+        self.trace = run(guide, batch.args) if plan.guide_mode == "once" else None
+
+    def draw(self, num_particles: int) -> tuple[Table, Any]:
+        """log q(z | x), ``(K, N)``, and the draws z."""
+        layout = self.plan.guide_layout
+        num_data = 1 if layout.plate is None else len(self.batch)
+        if self.trace is not None:
+            return draw_from(self.trace, num_particles, layout, num_data)
+        assert self.plan.guide_mode != "once"
+        return run_program(self.guide, self.batch, layout, self.plan.guide_mode, num_particles, guide_sites)
+
+
+def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: int) -> Table:
+    """log p(x, z) - log q(z | x) of fresh draws z ~ q, shape ``(K, N)``, in nats.
+
+    Masks count, scales (subsampling, annealing) do not. Enumerated sites are summed out.
+    """
+    log_q, draws = proposal.draw(num_particles)
+    match = plan.match
+    log_joint, _ = run_program(
+        model,
+        proposal.batch,
+        plan.model_layout,
+        plan.model_mode,
+        num_particles,
+        match.model_sites,
+        {n: d for n, d in draws.items() if n in match.sampled},
+        enumerated=match.enumerated,
+        check_support=match.check_support,
+    )
+    weights = log_joint - log_q
+    return Table(weights.total.expand(num_particles, -1), weights.magnitude)
+
+
+def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: int = 0) -> None:
+    """Every datum lies in the support of its likelihood.
+
+    Raises:
+        SupportError: names the site and the rows; a density at such a datum is not a density.
+    """
+    if not plan.bounded_data:
+        return
+    values = {n: s["value"] for n, s in run(guide, batch.args).items() if is_latent(s)}
+    trace = run(model, batch.args, values=values)
+    for name, outside in outside_data(trace).items():
+        value = trace[name]["value"]
+        where = outside.nonzero()[:, -1].unique()
+        rows = f"{len(where)} of {len(batch)} data, first row {first_row + int(where[0])}" if len(where) else "it"
+        raise SupportError(
+            f"observed site {name!r}: expected values in {trace[name]['fn'].support}, got values from "
+            f"{value.min():.4g} to {value.max():.4g} outside of it ({rows}). A likelihood there is no density: "
+            "transform the data (grey pixels under a Bernoulli: binarise them) or choose a likelihood that fits."
+        )
+
+
+@contextmanager
+def evaluation(model: Model, guide: Guide) -> Iterator[None]:
+    """The pair with its learned parameters, in eval mode; nothing outside changes."""
+    with evaluation_store(model, guide), eval_mode(model, guide):
+        yield
+
+
+def log_weights(
+    model: Model,
+    guide: Guide | None,
+    x: TensorLike,
+    *args: Any,
+    num_particles: int = 1,
+    data_plate: DataPlate = "auto",
+    data_args: DataArgs = "auto",
+    vectorize: Vectorize = "auto",
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    r"""Log importance weights of a pair, all at once and differentiable.
+
+    .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad z_{kn} \sim q(z \mid x_n)
+
+    Args:
+        model: generative program p(x, z).
+        guide: variational program q(z | x); None for a model without latents.
+        x: data ``(N, ...)``.
+        *args: further arguments of both; tensors with N rows go with x.
+        num_particles: K.
+        data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint weight.
+        data_args: positions among ``args`` of those with one row per datum.
+        vectorize: ``False`` runs one particle at a time, for models whose Python control flow looks at latents.
+        seed: forks the global random state; None draws from it.
+        device: where to compute; None leaves tensors where they are.
+
+    Returns:
+        Nats, shape ``(K, N)``, ``(K, 1)`` with ``data_plate=None``. Memory grows with K x N: `log_marginal` streams.
+
+    Raises:
+        PlateError, SiteError, SupportError, ParameterError: the pair has no log-weights; the message says why.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> log_weights(model, guide, torch.zeros(2), num_particles=3, seed=0).shape
+        torch.Size([3, 2])
+    """
+    num_particles = check_positive_int("num_particles", num_particles)
+    batch = make_batch(data_tensor("x", x), args, data_args).to(device)
+    guide = guide or empty_guide
+    devices = [batch.args[0].device]
+    with evaluation(model, guide):
+        with forked_rng(0, devices):
+            plan = probe_pair(model, guide, batch, data_plate, vectorize)
+            with torch.no_grad(), validation(False):
+                check_data(plan, model, guide, batch)
+        with forked_rng(seed, devices), validation(False):
+            return weight_table(plan, model, Proposal(plan, guide, batch), num_particles).total
+
+
+def elbo(
+    model: Model,
+    guide: Guide | None,
+    x: TensorLike,
+    *args: Any,
+    num_particles: int = 1,
+    data_plate: DataPlate = "auto",
+    data_args: DataArgs = "auto",
+    vectorize: Vectorize = "auto",
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    r"""Evidence lower bound of each datum, by the mean of K log-weights; differentiable.
+
+    .. math:: \mathcal L(x_n) = E_{q(z \mid x_n)}[\log p(x_n, z) - \log q(z \mid x_n)]
+              = \log p(x_n) - KL(q(z \mid x_n) \,\|\, p(z \mid x_n))
+
+    Args and errors are those of `log_weights`.
+
+    Returns:
+        Nats, shape ``(N,)``. Unbiased for the ELBO, which is at most log p(x). Where discrete latents are enumerated it
+        is the tighter bound with these summed out.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> elbo(model, guide, torch.zeros(2), seed=0)
+        tensor([-1.2655, -1.2655])
+    """
+    table = log_weights(
+        model,
+        guide,
+        x,
+        *args,
+        num_particles=num_particles,
+        data_plate=data_plate,
+        data_args=data_args,
+        vectorize=vectorize,
+        seed=seed,
+        device=device,
+    )
+    return table.mean(0)

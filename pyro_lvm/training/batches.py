@@ -1,0 +1,97 @@
+"""Data in, batches out: the arguments of the model for one step after the other."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from pyro_lvm._checks import data_tensor, refuse
+from pyro_lvm._typing import Data
+from pyro_lvm.errors import DataTypeError, ShapeError
+from pyro_lvm.tracing.batch import Batch, make_batch
+
+__all__ = ["Batches", "make_batches"]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a data set.
+
+    Attributes:
+        epoch: starts one pass over the data; each batch is the tuple of arguments of the model.
+        num_data: N, or None where a stream does not say.
+        num_batches: batches an epoch, or None.
+    """
+
+    epoch: Callable[[], Iterator[tuple[Any, ...]]]
+    num_data: int | None
+    num_batches: int | None
+
+    def stream(self) -> Iterator[tuple[int, tuple[Any, ...] | None]]:
+        """``(epoch, batch)`` without end; ``(epoch, None)`` marks the end of an epoch."""
+        epoch = 0
+        while True:
+            epoch += 1
+            empty = True
+            for batch in self.epoch():
+                empty = False
+                yield epoch, batch
+            if empty:
+                raise ShapeError(
+                    refuse("data", "at least one batch an epoch", "none", "Check the length and drop_last.")
+                )
+            yield epoch, None
+
+
+def make_batches(data: Data, batch_size: int, device: torch.device | None) -> Batches:
+    """Batches of tensors, arrays, a tuple of them, a ``Dataset`` or a ``DataLoader``.
+
+    Raises:
+        DataTypeError: data of another kind.
+        ShapeError: no data, or nothing but NaN.
+    """
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, DataLoader):
+        return _from_loader(data, device)
+    if isinstance(data, Dataset):
+        if isinstance(data, IterableDataset):
+            return _from_loader(DataLoader(data, batch_size), device)
+        num_data = len(data)  # type: ignore[arg-type]
+        if num_data == 0:
+            raise ShapeError(refuse("data", "at least one datum", "an empty Dataset", "Check how it was made."))
+        return _from_loader(DataLoader(data, batch_size, shuffle=batch_size < num_data), device)
+    x, *rest = data if isinstance(data, tuple) and data else (data,)
+    arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in rest]
+    return _from_tensors(make_batch(data_tensor("data", x), arrays), batch_size, device)
+
+
+def _from_tensors(whole: Batch, batch_size: int, device: torch.device | None) -> Batches:
+    """A new permutation each epoch, drawn on the CPU; a full batch keeps the order, so that local parameters match."""
+    num_data = len(whole)
+    if batch_size >= num_data:
+        only = whole.to(device).args
+        return Batches(lambda: iter((only,)), num_data, 1)
+
+    def epoch() -> Iterator[tuple[Any, ...]]:
+        order = torch.randperm(num_data, device="cpu").to(whole.args[0].device)
+        for rows in order.split(batch_size):
+            yield whole.rows(rows).to(device).args
+
+    return Batches(epoch, num_data, -(-num_data // batch_size))
+
+
+def _from_loader(loader: DataLoader[Any], device: torch.device | None) -> Batches:
+    def epoch() -> Iterator[tuple[Any, ...]]:
+        for batch in loader:
+            args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            if not args or not isinstance(args[0], torch.Tensor) or args[0].dim() == 0:
+                cure = "Make the data set return a tensor, or a tuple that starts with one."
+                raise DataTypeError(refuse("data", "batches of tensors", type(batch).__name__, cure))
+            yield Batch(args, (True,) * len(args)).to(device).args
+
+    sized = not isinstance(loader.dataset, IterableDataset)
+    return Batches(epoch, len(loader.sampler) if sized else None, len(loader) if sized else None)  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""What happens around the steps of `fit`: early stopping, learning-rate schedules, loggers.
+
+A callback is a function of the `TrainingState`, called after each whole epoch, or an object with any of these methods:
+
+* ``on_start(state)``: once, with the optimizer made and before its first update;
+* ``on_step(state)``: after each step;
+* ``on_epoch(state)``: after each whole epoch;
+* ``on_end(state)``: when training has ended, also by Ctrl-C.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from pyro_lvm._checks import check_positive_int, data_tensor, refuse
+from pyro_lvm._typing import Guide, Model, TensorLike
+from pyro_lvm.errors import DataTypeError
+from pyro_lvm.tracing import elbo
+from pyro_lvm.tracing.batch import make_batch
+from pyro_lvm.tracing.params import anchor
+from pyro_lvm.training.state import TrainingState
+
+__all__ = ["EarlyStopping", "Log", "Schedule", "validation_elbo"]
+
+#: ``score(model, guide)``, higher is better.
+Score = Callable[[Model, Guide], float]
+
+
+class EarlyStopping:
+    """Stop when ``score(model, guide)`` has not risen for ``patience`` evaluations; keep the best parameters.
+
+    The score goes into the history under ``score``. A NaN counts as no improvement.
+
+    Args:
+        score: higher is better, e.g. `validation_elbo`.
+        patience: evaluations without a new best before training stops.
+        every: epochs between evaluations.
+        restore_best: put the trained parameters, and the buffers of modules that are model or guide, back to where the
+            score was best when training ends, for whatever reason.
+
+    Attributes:
+        best_score: the highest score so far.
+        best_step: the step after which it was reached.
+
+    Example:
+        >>> stopper = EarlyStopping(lambda model, guide: 0.0, patience=3)
+        >>> stopper.best_score
+        -inf
+    """
+
+    def __init__(self, score: Score, patience: int, every: int = 1, restore_best: bool = True) -> None:
+        if not callable(score):
+            raise DataTypeError(refuse("score", "a function of (model, guide)", score, "Pass e.g. validation_elbo(x)."))
+        self.score = score
+        self.patience = check_positive_int("patience", patience)
+        self.every = check_positive_int("every", every)
+        self.restore_best = restore_best
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best_score, self.best_step, self._waited = -math.inf, 0, 0
+        self._best: list[tuple[torch.Tensor, torch.Tensor]] = []  # (live tensor, copy)
+
+    def on_start(self, state: TrainingState) -> None:
+        """Forget an earlier run."""
+        self._reset()
+
+    def on_epoch(self, state: TrainingState) -> None:
+        """Score the pair."""
+        if state.epoch % self.every:
+            return
+        value = float(self.score(state.model, state.guide))
+        state.history.record(score=value)
+        if value > self.best_score:
+            self.best_score, self.best_step, self._waited = value, state.step, 0
+            self._best = [(t, t.detach().clone()) for t in _tensors(state)] if self.restore_best else []
+        else:
+            self._waited += 1
+            if self._waited >= self.patience:
+                state.stop("early_stopping")
+
+    def on_end(self, state: TrainingState) -> None:
+        """Put the best parameters back."""
+        with torch.no_grad():
+            for live, copy in self._best:
+                live.copy_(copy)
+        self._best = []
+
+
+def _tensors(state: TrainingState) -> list[torch.Tensor]:
+    """Everything that training changes: parameters that are updated, and buffers such as batch statistics."""
+    owners = (anchor(program) for program in (state.model, state.guide))
+    buffers = [b for owner in owners if isinstance(owner, torch.nn.Module) for b in owner.buffers()]
+    return list({id(t): t for t in [*state.params.values(), *buffers]}.values())
+
+
+def validation_elbo(x: TensorLike, *args: Any, num_particles: int = 1, seed: int = 0) -> Score:
+    """A score: the mean ELBO of held-out data, in nats per datum, a lower bound of the mean of log p(x).
+
+    Args:
+        x: ``(N, ...)``.
+        args: further arguments of the model; those with N rows go with x.
+        num_particles: draws per datum.
+        seed: the same draws at each evaluation, so that scores differ by the parameters alone.
+
+    Returns:
+        A function of ``(model, guide)``, to be given to `EarlyStopping`.
+    """
+    data = make_batch(data_tensor("x", x), args)
+    check_positive_int("num_particles", num_particles)
+    check_positive_int("seed", seed, minimum=0)
+
+    def score(model: Model, guide: Guide) -> float:
+        total = 0.0
+        with torch.no_grad():
+            for start in range(0, len(data), 1000):
+                part = data.rows(slice(start, start + 1000)).args
+                values = elbo(model, guide, *part, num_particles=num_particles, seed=seed + start)  # (B,)
+                total += float(values.double().sum())
+        return total / len(data)
+
+    return score
+
+
+class Schedule:
+    """Drive a torch learning-rate scheduler; it counts updates, so that skipped steps do not advance it.
+
+    Args:
+        make_scheduler: makes the scheduler from the torch optimizer, once, before the first update.
+        every: ``"step"`` or ``"epoch"``.
+
+    Example:
+        >>> schedule = Schedule(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99))
+        >>> schedule.every
+        'step'
+    """
+
+    def __init__(self, make_scheduler: Callable[[Any], Any], every: Literal["step", "epoch"] = "step") -> None:
+        if not callable(make_scheduler):
+            cure = "Pass e.g. `lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 100)`."
+            raise DataTypeError(refuse("make_scheduler", "a function of the optimizer", make_scheduler, cure))
+        if every not in ("step", "epoch"):
+            raise DataTypeError(refuse("every", '"step" or "epoch"', repr(every), "Choose one of the two."))
+        self.make_scheduler = make_scheduler
+        self.every = every
+        self._scheduler: Any = None
+
+    def on_start(self, state: TrainingState) -> None:
+        """Make the scheduler, which sets the learning rate of the first update."""
+        if not isinstance(state.optimizer, torch.optim.Optimizer):
+            cure = "Pass `optim` as a function of the parameters, or step the Pyro scheduler in a callback of yours."
+            raise DataTypeError(refuse("optim", "a torch optimizer", type(state.optimizer).__name__, cure))
+        self._scheduler = self.make_scheduler(state.optimizer)
+
+    def on_step(self, state: TrainingState) -> None:
+        """Advance after an update."""
+        if self.every == "step" and state.updated:
+            self._scheduler.step()
+
+    def on_epoch(self, state: TrainingState) -> None:
+        """Advance after an epoch."""
+        if self.every == "epoch" and state.optimizer is not None:
+            self._scheduler.step()
+
+
+class Log:
+    """Send each row of the history to a logger.
+
+    Args:
+        logger: has ``log_metrics(dict, step)`` (Lightning) or ``log(dict, step)`` (Weights & Biases).
+        every: steps between rows; what callbacks before this one recorded at the end of an epoch is always sent.
+
+    Example:
+        >>> class Printer:
+        ...     def log(self, metrics, step): print(step, sorted(metrics))
+        >>> Log(Printer(), every=10).every
+        10
+    """
+
+    def __init__(self, logger: Any, every: int = 1) -> None:
+        self._send: Any = getattr(logger, "log_metrics", None) or getattr(logger, "log", None)
+        if not callable(self._send):
+            cure = "Pass a logger with one of the two methods."
+            raise DataTypeError(
+                refuse("logger", "log_metrics(dict, step) or log(dict, step)", type(logger).__name__, cure)
+            )
+        self.every = check_positive_int("every", every)
+
+    def on_step(self, state: TrainingState) -> None:
+        """Send the row of this step."""
+        if state.step % self.every == 0:
+            self._send({name: value for name, value in state.history[-1].items() if name != "step"}, state.step)
+
+    def on_epoch(self, state: TrainingState) -> None:
+        """Send what callbacks recorded at the end of the epoch."""
+        recorded = {n: v for n, v in state.history[-1].items() if n not in ("step", "epoch", "loss", "seconds")}
+        if recorded:
+            self._send(recorded, state.step)

@@ -1,0 +1,197 @@
+"""The plain engine: Pyro's `SVI`, one step after the other, with callbacks around it."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI, TraceTailAdaptive_ELBO
+from pyro.nn import PyroModule
+from pyro.optim import PyroOptim
+
+from pyro_lvm._checks import refuse
+from pyro_lvm._typing import Guide, Model
+from pyro_lvm.errors import ParameterError
+from pyro_lvm.tracing.isolation import eval_mode, validation
+from pyro_lvm.tracing.params import anchor, current_params
+from pyro_lvm.tracing.probe import parameter_names
+from pyro_lvm.training.batches import Batches
+from pyro_lvm.training.objective import Args, Objective, make_objective
+from pyro_lvm.training.optimizers import GuardedOptimizer, MakeOptimizer, clear_gradients, refused_as_nonfinite
+from pyro_lvm.training.state import History, TrainingState
+
+__all__ = ["HOOKS", "Engine", "Hooks"]
+
+#: What a callback may implement.
+HOOKS = ("on_start", "on_step", "on_epoch", "on_end")
+Hooks = dict[str, Callable[[TrainingState], None]]
+
+_MAX_STREAK = 10  # steps in a row that are not finite
+_MAX_SHARE = 0.1  # of all steps that are not finite, once there are 100
+
+
+class Engine:
+    """One run of `fit`: first `look`, then, in the store that is trained, `train`."""
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Guide,
+        batches: Batches,
+        update: str,
+        hooks: list[Hooks],
+        devices: list[torch.device],
+    ) -> None:
+        self.model, self.guide, self.batches = model, guide, batches
+        self.update, self.hooks, self.devices = update, hooks, devices
+        self.stream = batches.stream()
+        self.batch: Args = next(self.stream)[1] or ()
+        self.names: tuple[set[str], set[str]] = (set(), set())  # of the model, of the guide
+        self.state = TrainingState(model, guide, History())
+        self.skipped = self.streak = 0
+        self.objective: Objective
+        self.created: dict[str, torch.Tensor] = {}
+
+    def look(self, loss: Any) -> tuple[set[str], set[str]]:
+        """Run the pair on the first batch: which parameters belong to which half, and what is the loss.
+
+        Raises:
+            ParameterError: nothing to train.
+        """
+        _check_one_tensor_a_name(self.model, self.guide)
+        known = current_params()
+        with self._unnoticed():
+            self.names = parameter_names(self.model, self.guide, *self.batch)
+            num_data = self.batches.num_data
+            self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
+        if not any(map(self._trainable, self.names[0] | self.names[1])):
+            half = "pair" if self.update == "both" else self.update
+            cure = 'Declare one by pyro.param, pyro.module or a PyroModule; what both halves use is trained by "both".'
+            raise ParameterError(refuse("update", f"a parameter of the {half}", "none", cure))
+        self._clear_gradients()
+        self.created = {name: tensor for name, (tensor, _) in current_params().items() if name not in known}
+        return self.names
+
+    @contextmanager
+    def _unnoticed(self) -> Iterator[None]:
+        """Run the pair and leave no random number drawn, no batch statistic updated; a NaN in the data is no error."""
+        with torch.random.fork_rng(devices=self.devices), eval_mode(self.model, self.guide), validation(False):
+            yield
+
+    def _forget_initial_values(self) -> None:
+        """Leave creating parameters to the first step, so that they use the random numbers that `SVI` would use."""
+        for name, (tensor, _) in current_params().items():
+            if self.created.get(name) is tensor:
+                del pyro.get_param_store()[name]
+
+    def _clear_gradients(self) -> None:
+        names = self.names[0] | self.names[1]
+        clear_gradients(tensor for name, (tensor, _) in current_params().items() if name in names)
+
+    def _trainable(self, name: str) -> bool:
+        """Whether a parameter is updated: it belongs to no frozen half."""
+        model_names, guide_names = self.names
+        if name not in model_names | guide_names:
+            self._meet(name)
+        return self.update == "both" or name not in (model_names if self.update == "guide" else guide_names)
+
+    def _meet(self, name: str) -> None:
+        """Find out whose a parameter is that came into being after the first batch; if neither's, it is both's."""
+        with self._unnoticed():
+            found = parameter_names(self.model, self.guide, *self.batch)
+        for known, new in zip(self.names, found, strict=True):
+            known.update(new if name in found[0] | found[1] else {name})
+
+    def train(
+        self, optim: MakeOptimizer | PyroOptim, num_epochs: int | None, num_steps: int | None, progress: bool | None
+    ) -> float:
+        """Step until something says stop; returns the seconds that it took."""
+        objective, state = self.objective, self.state
+        has_value = not isinstance(objective.loss, TraceTailAdaptive_ELBO)  # it reports inf, for want of a value
+        guard = GuardedOptimizer(optim, self._trainable, self._start, check_loss=has_value)
+        state.params = guard.params
+        svi = SVI(objective.model, objective.guide, guard, objective.loss)
+        svi.loss_and_grads = guard.watch(svi.loss_and_grads)
+        self._forget_initial_values()
+        started = time.perf_counter()
+        try:
+            with _bar(progress, num_steps or (num_epochs or 0) * (self.batches.num_batches or 0)) as bar:
+                for epoch, batch in chain([(1, self.batch)], self.stream):
+                    if batch is None:
+                        guard.undo_overflow()
+                        self._call("on_epoch")
+                        self._stop_if(epoch == num_epochs, "num_epochs")
+                    if batch is None or state.step == num_steps:
+                        self._stop_if(state.step == num_steps, "num_steps")
+                    else:
+                        self._step(svi, guard, epoch, batch)
+                        self._note(started)
+                        bar.update()
+                    if state.stop_reason:
+                        break
+        except KeyboardInterrupt:
+            state.stop_reason = "interrupted"
+        finally:
+            guard.undo_overflow()
+            self._clear_gradients()
+        self._call("on_end")
+        return time.perf_counter() - started
+
+    def _step(self, svi: SVI, guard: GuardedOptimizer, epoch: int, batch: Args) -> None:
+        self.batch, state = batch, self.state
+        try:
+            svi.step(*batch)
+        except ValueError as error:
+            if not refused_as_nonfinite(error):
+                raise
+            self._clear_gradients()  # of the particles before the one that was refused
+            guard.undo_overflow()
+        state.step, state.epoch, state.updated = state.step + 1, epoch, guard.updated
+        state.loss = float(guard.loss) / self.objective.num_data(batch)
+        self.streak = 0 if guard.finite else self.streak + 1
+        self.skipped += not guard.finite
+
+    def _note(self, started: float) -> None:
+        """Write the row of this step, tell the callbacks, and give up where too little is finite."""
+        state = self.state
+        seconds = time.perf_counter() - started
+        state.history.append({"step": state.step, "epoch": state.epoch, "loss": state.loss, "seconds": seconds})
+        self._call("on_step")
+        self._stop_if(self.streak >= _MAX_STREAK, "nonfinite")
+        self._stop_if(state.step >= 100 and self.skipped > _MAX_SHARE * state.step, "nonfinite")
+
+    def _stop_if(self, condition: bool, reason: str) -> None:
+        if condition:
+            self.state.stop(reason)
+
+    def _start(self, optimizer: Any) -> None:
+        self.state.optimizer = optimizer
+        self._call("on_start")
+
+    def _call(self, name: str) -> None:
+        for hook in self.hooks:
+            if name in hook:
+                hook[name](self.state)
+
+
+def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:
+    """A `PyroModule` names its parameters by its attributes alone: of two tensors of one name Pyro trains the first."""
+    owners = [
+        owner for owner in (anchor(model), anchor(guide)) if isinstance(owner, PyroModule) and not owner._pyro_name
+    ]
+    ours, theirs = (dict(owner.named_parameters()) for owner in owners) if len(owners) == 2 else ({}, {})
+    clash = [name for name in ours if name in theirs and ours[name] is not theirs[name]]
+    if clash:
+        cure = "Name the attributes differently in model and guide: Pyro would train one and never the other."
+        raise ParameterError(refuse("guide", "names that the model does not use", clash, cure))
+
+
+def _bar(progress: bool | None, total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    return tqdm(total=total or None, unit="step", disable=not shown)

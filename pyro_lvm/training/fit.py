@@ -1,0 +1,213 @@
+"""Training: `fit` drives Pyro's `SVI` over batches of the data and returns what there is to know about the run.
+
+Maximises the ELBO, E_q[log p(x, z) - log q(z | x)], or minimises whatever Pyro loss it is given.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pyro.optim import PyroOptim
+from torch.distributions import transform_to
+
+from pyro_lvm._checks import check_positive_int, refuse
+from pyro_lvm._typing import Data, Guide, Model
+from pyro_lvm.errors import DataTypeError
+from pyro_lvm.tracing.isolation import forked_rng
+from pyro_lvm.tracing.params import Fitted, Params, anchor, training_store
+from pyro_lvm.tracing.probe import empty_guide
+from pyro_lvm.training.batches import make_batches
+from pyro_lvm.training.engine import HOOKS, Engine, Hooks
+from pyro_lvm.training.optimizers import MakeOptimizer, adam
+from pyro_lvm.training.state import FitResult
+
+__all__ = ["fit"]
+
+logger = logging.getLogger("pyro_lvm")
+
+_NAN_WARNING = r"Encountered (NaN|\+inf|-inf)"  # Pyro's, at each step; here such steps are counted
+
+
+def fit(
+    model: Model,
+    guide: Guide | None,
+    data: Data,
+    *,
+    loss: Any = None,
+    optim: MakeOptimizer | PyroOptim | None = None,
+    num_epochs: int | None = None,
+    num_steps: int | None = None,
+    batch_size: int = 128,
+    update: Literal["both", "model", "guide"] = "both",
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    callbacks: Sequence[Any] = (),
+) -> FitResult:
+    """Train a model p(x, z) and its guide q(z | x).
+
+    Maximises the mean over the data of the ELBO, E_q[log p(x, z) - log q(z | x)], with Pyro's `SVI`, in the current
+    param store. If names there belong to another pair, this one trains in a store of its own, said once in the log.
+
+    A step whose loss or gradient is not finite is skipped and counted: no parameter changes, also no running average of
+    the optimizer. Ten in a row, or a tenth of all steps after the first hundred, end the run.
+
+    Args:
+        model: any callable that takes the data and makes Pyro statements.
+        guide: any callable with the same arguments; None for a model without latents, or with all of them enumerated.
+        data: a tensor or array ``(N, ...)``, a tuple of them (the model's arguments; those with N rows are batched), a
+            torch ``Dataset``, or a ``DataLoader`` with batches of its own.
+        loss: a Pyro loss object, or a function ``loss(model, guide, *args)``. None is ``Trace_ELBO``; where the guide
+            lacks a discrete latent, or marks one, it is ``TraceEnum_ELBO``, which enumerates.
+        optim: a function of the list of parameters that returns one torch optimizer for all, or a Pyro optimizer. None
+            is Adam with learning rate 1e-3.
+        num_epochs: passes over the data; give this or ``num_steps``.
+        num_steps: updates; may end within an epoch.
+        batch_size: B, data a step, drawn without replacement. With B >= N each step uses all data in their order, as
+            parameters per datum need. Where a latent lies outside the data plate the loss is scaled by N / B.
+        update: the half that is trained. The other keeps its parameters bit for bit and runs its modules in eval mode.
+            A parameter that both use belongs to both: it is trained by ``"both"`` only.
+        seed: seeds torch, NumPy and Python inside and restores their states; None draws from them as they are.
+        device: where batches are moved to.
+        progress: show a bar; None shows one in a terminal.
+        callbacks: functions of the `TrainingState`, called after each epoch, or objects with any of the methods
+            ``on_start``, ``on_step``, ``on_epoch``, ``on_end``; see `pyro_lvm.training.callbacks`.
+
+    Returns:
+        FitResult: losses in nats per datum, the history, the parameters and the fitted pair.
+
+    Raises:
+        DataTypeError: an argument of the wrong kind, or not exactly one of ``num_epochs`` and ``num_steps``.
+        ShapeError: no data, or a number that is too small.
+        SiteError: ``loss`` is None and the guide lacks a latent that cannot be enumerated.
+        ParameterError: nothing to train.
+
+    Warns:
+        RuntimeWarning: the run ended because too many steps were not finite.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> result = fit(model, None, x, num_epochs=200, optim=lambda params: torch.optim.SGD(params, lr=0.1))
+        >>> round(float(result.params["loc"]), 3)
+        2.0
+    """
+    guide = empty_guide if guide is None else guide
+    _check_options(model, guide, loss, optim, update, progress)
+    _check_limits(num_epochs, num_steps)
+    batch_size = check_positive_int("batch_size", batch_size)
+    seed = None if seed is None else check_positive_int("seed", seed, minimum=0)
+    target = _device(device)
+    hooks = [_hooks(callback) for callback in _sequence(callbacks)]
+    batches = make_batches(data, batch_size, target)
+    devices = _cuda_devices(target, data, model, guide)
+
+    with forked_rng(seed, devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_NAN_WARNING, category=UserWarning)
+        engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, hooks, devices)
+        with training_store(model, guide, lambda: engine.look(loss)) as store:
+            seconds = engine.train(optim or adam, num_epochs, num_steps, progress)
+    result = _result(engine, store["params"], seconds)
+    _report(result)
+    return result
+
+
+def _result(engine: Engine, params: Params, seconds: float) -> FitResult:
+    def fitted(program: Any, names: set[str]) -> Fitted:
+        return Fitted(program, {name: param for name, param in params.items() if name in names})
+
+    return FitResult(
+        losses=torch.tensor([row["loss"] for row in engine.state.history], dtype=torch.float64),
+        num_steps=engine.state.step,
+        seconds=seconds,
+        stop_reason=engine.state.stop_reason or "",
+        skipped=engine.skipped,
+        history=engine.state.history,
+        params={name: transform_to(constraint)(t).detach().clone() for name, (t, constraint) in sorted(params.items())},
+        model=fitted(engine.model, engine.names[0]),
+        guide=fitted(engine.guide, engine.names[1]),
+    )
+
+
+def _report(result: FitResult) -> None:
+    """Say once what happened to steps that were not finite."""
+    skipped = f"{result.skipped} of {result.num_steps} steps had a loss or a gradient that was not finite"
+    if result.stop_reason == "nonfinite":
+        warnings.warn(
+            f"training stopped: {skipped}. The parameters are those of the last finite step. Lower the learning rate, "
+            "clip gradients (e.g. pyro.optim.ClippedAdam), or look for NaN and values off their support in the data.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    elif result.skipped:
+        logger.warning("%s and were skipped", skipped)
+
+
+def _check_options(model: Any, guide: Any, loss: Any, optim: Any, update: Any, progress: Any) -> None:
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program) or isinstance(program, type):
+            raise DataTypeError(refuse(name, "a callable", repr(program), "Pass a function or a module instance."))
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
+        cure = "Pass e.g. pyro.infer.Trace_ELBO(), or a function loss(model, guide, *args)."
+        raise DataTypeError(refuse("loss", "a loss object or function", repr(loss), cure))
+    if optim is not None and (isinstance(optim, torch.optim.Optimizer) or not callable(optim)):
+        cure = (
+            "Pass a function such as `lambda params: torch.optim.Adam(params, lr=1e-3)`, or e.g. pyro.optim.Adam({})."
+        )
+        raise DataTypeError(refuse("optim", "a function of the parameters", type(optim).__name__, cure))
+    if update not in ("both", "model", "guide"):
+        raise DataTypeError(refuse("update", '"both", "model" or "guide"', repr(update), "Choose one of the three."))
+    if progress not in (None, True, False):
+        raise DataTypeError(refuse("progress", "True, False or None", repr(progress), "None: only in a terminal."))
+
+
+def _check_limits(num_epochs: Any, num_steps: Any) -> None:
+    if (num_epochs is None) == (num_steps is None):
+        got = "neither" if num_epochs is None else "both"
+        raise DataTypeError(refuse("num_epochs, num_steps", "exactly one of the two", got, "Say when to stop."))
+    for name, value in (("num_epochs", num_epochs), ("num_steps", num_steps)):
+        if value is not None:
+            check_positive_int(name, value)
+
+
+def _sequence(callbacks: Any) -> Sequence[Any]:
+    if not isinstance(callbacks, list | tuple):
+        raise DataTypeError(refuse("callbacks", "a list or tuple", type(callbacks).__name__, "Pass [callback]."))
+    return callbacks
+
+
+def _hooks(callback: Any) -> Hooks:
+    """The methods of a callback; a plain function is called after each epoch."""
+    found = {name: getattr(callback, name) for name in HOOKS if hasattr(callback, name)}
+    if isinstance(callback, type) or not (found or callable(callback)):
+        cure = f"Pass an instance with any of the methods {', '.join(HOOKS)}."
+        raise DataTypeError(refuse("callbacks", "functions of the state, or objects", repr(callback), cure))
+    return found or {"on_epoch": callback}
+
+
+def _device(device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        cure = 'Pass e.g. "cpu" or "cuda:0".'
+        raise DataTypeError(refuse("device", "a torch device", repr(device), cure)) from error
+
+
+def _cuda_devices(target: torch.device | None, data: Any, *programs: Any) -> list[torch.device]:
+    """The CUDA devices that a run can use, as far as its arguments tell."""
+    tensors = [item for item in (data if isinstance(data, tuple) else (data,)) if isinstance(item, torch.Tensor)]
+    for owner in map(anchor, programs):
+        tensors += owner.parameters() if isinstance(owner, torch.nn.Module) else []
+    devices = {tensor.device for tensor in tensors} | ({target} if target else set())
+    return sorted((device for device in devices if device.type == "cuda"), key=str)
+
+
+def _unwrapped(program: Any) -> Any:
+    """The callable itself: training works on the store, not on the copy that a fitted one carries."""
+    return _unwrapped(program.program) if isinstance(program, Fitted) else program

@@ -1,0 +1,133 @@
+"""What `SVI` minimises: the loss object, and the programs as the loss sees them.
+
+A mini-batch of B data is scaled to the N of the data set where a latent lies outside the data plate, as
+L = -(N/B) sum_n log p(x_n, z_n | w) / q(z_n) - log p(w) / q(w): otherwise the prior of w counts N/B times too much.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+
+from pyro_lvm._checks import refuse
+from pyro_lvm.errors import PlateError, SiteError
+from pyro_lvm.tracing.intercept import Trace, base_distribution, is_latent, is_observed, run, scaled_plate
+from pyro_lvm.tracing.isolation import eval_mode
+from pyro_lvm.tracing.probe import batch_plate
+
+__all__ = ["Objective", "make_objective"]
+
+logger = logging.getLogger("pyro_lvm")
+
+Program = Callable[..., Any]
+Args = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The arguments of `SVI`, and by what a loss is divided.
+
+    Attributes:
+        model: the model, where needed with scaled sites, enumerated latents, or in eval mode (frozen).
+        guide: the guide, likewise.
+        loss: a Pyro loss object or a function ``loss(model, guide, *args)``.
+        total: the number of data that a loss stands for; None where it is that of the batch.
+    """
+
+    model: Program
+    guide: Program
+    loss: Any
+    total: int | None
+
+    def num_data(self, batch: Args) -> int:
+        """The number of data that the loss of this batch stands for."""
+        return self.total or len(batch[0])
+
+
+def make_objective(
+    model: Program, guide: Program, batch: Args, loss: Any, update: str, num_data: int | None
+) -> Objective:
+    """Look at one run of the pair on ``batch`` and decide; runs both programs.
+
+    Raises:
+        SiteError: no loss is given and the guide lacks a latent that cannot be enumerated.
+        PlateError: the loss must be scaled to the data set, whose size is unknown.
+    """
+    guide_trace, model_trace = _run_pair(model, guide, batch)
+    programs = {"model": model, "guide": guide}
+    total = _scaled_by_itself(model_trace, len(batch[0]), num_data)
+    if total is None and num_data != len(batch[0]):
+        plate = _plate_to_scale(model, guide, batch)
+        if plate is not None:
+            if num_data is None:
+                cure = "Use a data set with a length, or give the plate the size of the data set and `subsample=`."
+                raise PlateError(refuse("data", f"a known size, for plate {plate!r}", "a stream without one", cure))
+            total = num_data
+            programs = {name: _scaled(program, plate, num_data) for name, program in programs.items()}
+    frozen = {"model": "guide", "guide": "model"}.get(update)
+    if frozen:
+        programs[frozen] = _in_eval_mode(programs[frozen])
+    if loss is None:
+        loss, enumerate_model = _default_loss(model_trace, guide_trace)
+        programs["model"] = config_enumerate(programs["model"]) if enumerate_model else programs["model"]
+    return Objective(programs["model"], programs["guide"], loss, total)
+
+
+def _run_pair(model: Program, guide: Program, batch: Args) -> tuple[Trace, Trace]:
+    with torch.no_grad():
+        guide_trace = run(guide, batch)
+        values = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
+        return guide_trace, run(model, batch, values=values)
+
+
+def _default_loss(model: Trace, guide: Trace) -> tuple[Any, bool]:
+    """`Trace_ELBO`, or `TraceEnum_ELBO` where a discrete latent is left to it; and whether the model must be marked."""
+    latents = {n: s["fn"] for n, s in model.items() if is_latent(s)}
+    missing = {n: fn for n, fn in latents.items() if n not in guide and not isinstance(base_distribution(fn), Delta)}
+    lacking = [n for n, fn in missing.items() if not getattr(fn, "has_enumerate_support", False)]
+    if lacking:
+        sampled = [n for n, s in guide.items() if is_latent(s)]
+        cure = f"Sample {lacking} in the guide: only discrete latents may be left out, to be enumerated."
+        raise SiteError(refuse("guide", f"the latent sites {list(latents)} of the model", sampled, cure))
+    marked = any(is_latent(s) and s["infer"].get("enumerate") for s in guide.values())
+    return (TraceEnum_ELBO() if missing or marked else Trace_ELBO()), bool(missing)
+
+
+def _scaled_by_itself(model: Trace, batch_size: int, num_data: int | None) -> int | None:
+    """Size of the data plate, where the model declares it with ``subsample=`` or ``subsample_size=``."""
+    frames = {f for s in model.values() if is_observed(s) for f in s["cond_indep_stack"]}
+    sizes = {f.full_size for f in frames if f.full_size not in (None, f.size)}
+    own = {f.full_size for f in frames if f.full_size in sizes and (f.size == batch_size or f.full_size == num_data)}
+    return max(own, default=None)
+
+
+def _plate_to_scale(model: Program, guide: Program, batch: Args) -> str | None:
+    """The data plate, where a latent lies outside of it."""
+    try:
+        return batch_plate(model, guide, *batch)
+    except Exception as error:  # noqa: BLE001 - the pair runs on fewer rows than it may ever see
+        logger.warning("no data plate found, the loss of a mini-batch is taken as it is: %s", str(error).split("\n")[0])
+        return None
+
+
+def _scaled(program: Program, plate: str, num_data: int) -> Program:
+    """``program`` with the sites in ``plate`` scaled from the size of the batch to ``num_data``."""
+
+    def scaled(*args: Any) -> Any:
+        return scaled_plate(program, plate, num_data / len(args[0]))(*args)
+
+    return scaled
+
+
+def _in_eval_mode(program: Program) -> Program:
+    """A frozen program: neither its parameters nor its batch statistics change."""
+
+    def frozen(*args: Any) -> Any:
+        with eval_mode(program):
+            return program(*args)
+
+    return frozen

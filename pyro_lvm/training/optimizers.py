@@ -1,0 +1,145 @@
+"""The optimizer that `SVI` steps: it refuses what is not finite, leaves out what is frozen, and drives one optimizer.
+
+`SVI.step` computes gradients and then calls its optimizer with the parameters that the step used. Everything that is to
+happen between gradients and update therefore lives in that call.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+
+from pyro_lvm._checks import refuse
+from pyro_lvm.errors import DataTypeError, ParameterError
+
+__all__ = ["GuardedOptimizer", "adam", "clear_gradients", "refused_as_nonfinite"]
+
+#: Makes one torch optimizer of a list of parameters.
+MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+
+
+def adam(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """The default: Adam with learning rate 1e-3."""
+    return torch.optim.Adam(params, lr=1e-3)
+
+
+class GuardedOptimizer(PyroOptim):
+    """Updates ``trainable`` parameters with one optimizer, unless the loss or a gradient is not finite.
+
+    Attributes:
+        optimizer: the torch or Pyro optimizer; a torch optimizer is made at the first gradient.
+        params: name -> live tensor of each parameter that it updates.
+        loss: total loss of the latest step, a float or a 0-dim tensor.
+        finite: whether the latest step's loss and gradients were finite.
+        updated: whether the latest step changed the parameters.
+    """
+
+    def __init__(
+        self,
+        optim: MakeOptimizer | PyroOptim,
+        trainable: Callable[[str], bool],
+        on_start: Callable[[Any], None],
+        check_loss: bool = True,
+    ) -> None:
+        # PyroOptim's own state, one optimizer per tensor, is what this class replaces
+        self._make, self._trainable, self._on_start, self._check_loss = optim, trainable, on_start, check_loss
+        self.optimizer: Any = None
+        self.params: dict[str, torch.Tensor] = {}
+        self.loss: Any = math.nan
+        self.finite = True
+        self.updated = False
+        self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # (live, its value before the latest update)
+
+    def watch(self, loss_and_grads: Callable[..., Any]) -> Callable[..., Any]:
+        """``loss_and_grads``, noting the value; losses that are tuples (reweighted wake-sleep) are added up."""
+
+        def watched(*args: Any) -> Any:
+            self.loss, self.finite, self.updated = math.nan, False, False
+            value = loss_and_grads(*args)
+            total = sum(value) if isinstance(value, tuple) else value
+            self.loss = total.detach() if isinstance(total, torch.Tensor) else total
+            return value
+
+        return watched
+
+    def __call__(self, params: Iterable[torch.Tensor], *_: Any, **__: Any) -> None:
+        """Update the parameters of a step, and clear all gradients."""
+        params = list(params)
+        name_of = pyro.get_param_store().param_name
+        named = {str(name_of(p)): p for p in params if p.grad is not None}
+        chosen = {name: named[name] for name in sorted(named) if self._trainable(name)}  # one order in every process
+        self.finite = self._finite(chosen.values())
+        if not self.finite:
+            self.undo_overflow()
+        elif chosen:
+            self._update(chosen)
+        elif self.optimizer is None:
+            cure = "Check `update`, `requires_grad`, and that the loss depends on a parameter."
+            raise ParameterError(refuse("loss", "a gradient for at least one parameter", "none", cure))
+        clear_gradients(params)
+
+    def _finite(self, params: Iterable[torch.Tensor]) -> bool:
+        """Decided on the device and read once, as ``torch.amp.GradScaler`` does."""
+        tensors = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
+        tensors += [live for live, _ in self._before.values()]
+        if self._check_loss:
+            tensors.append(torch.as_tensor(self.loss))
+        flags = [tensor.isfinite().all() for tensor in tensors]
+        return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()) if flags else True
+
+    def _update(self, chosen: dict[str, torch.Tensor]) -> None:
+        self._adopt(chosen)
+        self._before = {name: (p, p.detach().clone()) for name, p in chosen.items()}
+        if isinstance(self.optimizer, PyroOptim):
+            self.optimizer(list(chosen.values()))
+        else:
+            self.optimizer.step()
+        self.updated = True
+
+    def undo_overflow(self) -> None:
+        """Take the latest update back if it made a parameter infinite or NaN, which finite gradients can do."""
+        store = pyro.get_param_store()
+        with torch.no_grad():
+            if not all(bool(store[name].isfinite().all()) for name in self._before if name in store):
+                for live, value in self._before.values():
+                    live.copy_(value)
+
+    def _adopt(self, chosen: dict[str, torch.Tensor]) -> None:
+        """Make the optimizer of all parameters, or hand it those that came into being since."""
+        new = {name: p for name, p in chosen.items() if self.params.get(name) is not p}
+        self.params.update(new)
+        if self.optimizer is None:
+            self.optimizer = self._make if isinstance(self._make, PyroOptim) else _made(self._make, list(new.values()))
+            self._on_start(self.optimizer)
+        elif isinstance(self.optimizer, torch.optim.Optimizer):
+            for param in new.values():
+                self.optimizer.add_param_group({"params": [param]})
+
+
+def _made(make: MakeOptimizer, params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    optimizer = make(params)
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        cure = "Pass a function such as `lambda params: torch.optim.Adam(params, lr=1e-3)`."
+        raise DataTypeError(refuse("optim", "a first-order torch optimizer", type(optimizer).__name__, cure))
+    return optimizer
+
+
+def clear_gradients(params: Iterable[torch.Tensor]) -> None:
+    """Forget gradients: an optimizer leaves a parameter without one alone, with its momentum."""
+    for param in params:
+        param.grad = None
+
+
+def refused_as_nonfinite(error: ValueError) -> bool:
+    """Whether torch's validation refused a NaN or an infinity: what a non-finite loss is where validation is on.
+
+    The refused tensor is the local ``value`` of the frame that raised.
+    """
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    value = traceback.tb_frame.f_locals.get("value") if traceback is not None else None
+    return isinstance(value, torch.Tensor) and not bool(value.isfinite().all())

@@ -1,0 +1,31 @@
+"""Every test starts with an empty param store and must leave the process as it found it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import pytest
+import torch
+
+
+def _global_state() -> dict[str, Any]:
+    """What a library may not leave changed; random numbers move on as with any torch call."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "torch validation": torch.distributions.Distribution._validate_args,
+        "pyro validation": pyro.poutine.util.is_validation_enabled(),
+        "handlers": len(pyro.poutine.runtime._PYRO_STACK),
+        "module hooks": len(torch.nn.modules.module._global_forward_pre_hooks),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    pyro.clear_param_store()
+    before = _global_state()
+    yield
+    pyro.clear_param_store()
+    after = _global_state()
+    assert after == before

@@ -1,0 +1,216 @@
+"""Streamed numbers against the one-shot functions for every way of cutting, and the statuses."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_lvm import ops
+from pyro_lvm.errors import DataTypeError, ShapeError
+
+INF, NAN = math.inf, math.nan
+EPS = torch.finfo(torch.float64).eps
+
+
+def accumulate(log_weights, chunk, noise_scale=None):
+    num_particles, num_data = log_weights.shape
+    noise_scale = torch.ones(num_data, dtype=torch.float64) if noise_scale is None else noise_scale
+    accumulator = ops.WeightAccumulator(num_data, num_particles)
+    for part in log_weights.split(chunk):
+        accumulator.update(part, noise_scale)
+    return accumulator.summary()
+
+
+def mixed_data(num_particles):
+    """Ordinary, heavy, far-off, zero-containing, unsupported, NaN and infinite data side by side."""
+    torch.manual_seed(0)
+    table = torch.randn(num_particles, 9, dtype=torch.float64)
+    table[:, 1] *= 5
+    table[:, 2] -= 1e5
+    table[0, 3] = -INF
+    table[:, 4] = -INF
+    table[-1, 5] = NAN
+    table[0, 6] = INF
+    table[:, 7] = -INF
+    table[-1, 7] = -2.0
+    table[:, 8] += torch.arange(num_particles) * 40.0  # the running maximum moves at every step
+    return table
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 3, 25, 100, 401])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 100, 1000])
+def test_every_chunking_equals_the_one_shot_functions(num_particles, chunk):
+    log_weights = mixed_data(num_particles)
+    summary = accumulate(log_weights, chunk)
+    expected = {
+        "value": ops.log_evidence(log_weights),
+        "stderr": ops.standard_error(log_weights),
+        "bias": ops.delta_bias(log_weights),
+        "elbo": ops.elbo(log_weights),
+        "ess": ops.effective_sample_size(log_weights),
+        "khat": ops.pareto_khat(log_weights),
+        "spread": log_weights.amax(0) - log_weights.amin(0),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(summary, name), value, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
+    assert summary.num_nonfinite.tolist() == (log_weights.isnan() | (log_weights == INF)).sum(0).tolist()
+    assert summary.num_zero.tolist() == (log_weights == -INF).sum(0).tolist()
+    assert summary.num_particles == num_particles
+    assert all(getattr(summary, name).dtype == torch.float64 for name in expected)
+
+
+@pytest.mark.parametrize("num_particles", [2, 3, 100])
+def test_equal_weights_are_zero_variance(num_particles):
+    torch.manual_seed(1)
+    scale = torch.tensor([100.0, 100.0, 1.0], dtype=torch.float64)
+    jitter = torch.tensor([60.0, 70.0, 70.0], dtype=torch.float64) * EPS * torch.tensor([100.0, 100.0, 100.0])
+    log_weights = torch.full((num_particles, 3), 0.0, dtype=torch.float64)
+    log_weights[0] = jitter  # a spread of 60 or 70 roundings of size 100; the last datum says its terms have size 1
+    summary = accumulate(log_weights, 2, scale)
+    assert ops.status_names(summary.status)[0] == "zero_variance"
+    assert ops.status_names(summary.status)[1:] == ("unreliable", "unreliable")
+    assert (summary.stderr[0], summary.bias[0], summary.ess[0]) == (0.0, 0.0, num_particles)
+    assert summary.khat[0].isnan()
+    assert (summary.stderr[1:] > 0).all()
+    torch.testing.assert_close(summary.noise, 64 * EPS * scale, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_noise_follows_the_dtype_of_the_weights(dtype):
+    log_weights = torch.zeros(3, 2, dtype=dtype)
+    summary = accumulate(log_weights, 1, torch.tensor([1.0, 300.0]))
+    expected = 64 * torch.finfo(dtype).eps * torch.tensor([1.0, 300.0], dtype=torch.float64)
+    torch.testing.assert_close(summary.noise, expected, rtol=1e-15, atol=0)
+    assert summary.value.dtype == torch.float64
+
+
+def test_weights_equal_up_to_coarse_rounding_report_no_variance_at_all():
+    log_weights = torch.tensor([[0.0], [0.05], [0.0]], dtype=torch.float16)  # 64 eps = 0.0625
+    summary = accumulate(log_weights, 2)
+    assert ops.status_names(summary.status) == ("zero_variance",)
+    assert (summary.stderr.item(), summary.bias.item(), summary.ess.item()) == (0.0, 0.0, 3.0)
+
+
+def test_noise_is_the_largest_over_the_chunks():
+    accumulator = ops.WeightAccumulator(2, 3)
+    for scale in ([1.0, 5.0], [4.0, 2.0], [3.0, 3.0]):
+        accumulator.update(torch.zeros(1, 2, dtype=torch.float64), torch.tensor(scale))
+    assert accumulator.summary().noise.tolist() == [64 * EPS * 4, 64 * EPS * 5]
+
+
+@pytest.mark.parametrize("scale", [INF, NAN])
+def test_unknown_noise_is_never_zero_variance(scale):
+    summary = accumulate(torch.zeros(3, 1), 3, torch.tensor([scale]))
+    assert ops.status_names(summary.status) == ("unreliable",)
+
+
+def test_float32_weights_are_accumulated_in_float64():
+    torch.manual_seed(2)
+    log_weights = torch.randn(1000, 3)
+    summary = accumulate(log_weights, 100)
+    torch.testing.assert_close(summary.value, ops.log_evidence(log_weights.double()), rtol=1e-12, atol=1e-12)
+
+
+def test_one_particle_is_unreliable_without_an_error():
+    summary = accumulate(torch.tensor([[-2.0]]), 1)
+    assert summary.value.item() == -2.0
+    assert summary.ess.item() == 1.0
+    assert ops.status_names(summary.status) == ("unreliable",)
+    assert torch.stack([summary.stderr, summary.bias, summary.khat]).isnan().all()
+
+
+def test_bad_data_have_their_own_status_and_spoil_nothing():
+    log_weights = mixed_data(100)
+    summary = accumulate(log_weights, 30)
+    names = ops.status_names(summary.status)
+    assert names[0] == names[2] == "no_fault_found"
+    assert names[1] == names[7] == names[8] == "unreliable"
+    assert names[4:7] == ("no_support", "nonfinite", "nonfinite")
+    assert summary.elbo[3].item() == summary.value[4].item() == -INF
+    assert summary.khat[7].item() == INF
+
+
+def classify(khat, num_particles, value=0.0, spread=1.0, noise=0.0):
+    numbers = (torch.tensor([number], dtype=torch.float64) for number in (value, spread, noise, khat))
+    return ops.status_names(ops.classify(*numbers, num_particles=num_particles))[0]
+
+
+@pytest.mark.parametrize(
+    ("khat", "num_particles", "status"),
+    [
+        (-0.2, 1000, "no_fault_found"),
+        (0.4999, 1000, "no_fault_found"),
+        (0.5, 1000, "heavy_tail"),
+        (0.66, 1000, "heavy_tail"),
+        (0.67, 1000, "unreliable"),  # 1 - 1 / log10(1000) = 0.667
+        (0.7, 10_000, "heavy_tail"),  # capped at 0.7
+        (0.7001, 10_000, "unreliable"),
+        (0.4999, 100, "no_fault_found"),
+        (0.5, 100, "heavy_tail"),  # 1 - 1 / log10(100) = 0.5
+        (0.5001, 100, "unreliable"),
+        (0.28, 25, "no_fault_found"),  # 1 - 1 / log10(25) = 0.285: below 0.5 the threshold wins
+        (0.29, 25, "unreliable"),
+        (NAN, 1000, "unreliable"),
+        (INF, 1000, "unreliable"),
+        (NAN, 1, "unreliable"),
+    ],
+)
+def test_status_follows_khat(khat, num_particles, status):
+    assert classify(khat, num_particles) == status
+
+
+def test_at_a_threshold_below_one_half_the_estimate_is_unreliable():
+    assert classify(ops.khat_threshold(50), 50) == "unreliable"
+
+
+def test_status_order_of_precedence():
+    assert classify(0.1, 1000, spread=1e-3, noise=1e-3) == "zero_variance"
+    assert classify(NAN, 1, spread=0.0, noise=1e-3) == "unreliable"  # one weight has no variance
+    assert classify(0.1, 1000, value=-INF, spread=NAN) == "no_support"
+    assert classify(0.1, 1000, value=INF, spread=0.0) == "nonfinite"
+    assert classify(0.1, 1000, value=NAN, spread=0.0) == "nonfinite"
+
+
+def test_statuses_are_the_documented_ones():
+    words = {"exact", "zero_variance", "no_fault_found", "heavy_tail", "unreliable", "no_support", "nonfinite"}
+    assert set(ops.STATUSES) == words
+    assert len(ops.STATUSES) == 7
+
+
+def test_the_table_of_large_weights_stays_small():
+    accumulator = ops.WeightAccumulator(2, 900)
+    for _ in range(9):
+        accumulator.update(torch.randn(100, 2), torch.ones(2))
+        assert len(accumulator._largest) <= 91  # 3 sqrt(900) + 1
+
+
+def test_the_graph_is_dropped():
+    log_weights = torch.zeros(2, 1, requires_grad=True)
+    assert not accumulate(log_weights * 2, 1, torch.ones(1, requires_grad=True)).value.requires_grad
+
+
+@pytest.mark.parametrize("fed", [0, 2, 4])
+def test_the_particle_count_must_be_exact(fed):
+    accumulator = ops.WeightAccumulator(1, 3)
+    for _ in range(fed):
+        accumulator.update(torch.zeros(1, 1), torch.ones(1))
+    with pytest.raises(ShapeError, match=f"num_particles: expected 3 particles, got {fed}"):
+        accumulator.summary()
+
+
+def test_errors_name_the_argument():
+    accumulator = ops.WeightAccumulator(2, 3)
+    with pytest.raises(ShapeError, match=r"log_weights: expected shape \(k, 2\), got \(3, 1\)"):
+        accumulator.update(torch.zeros(3, 1), torch.ones(1))
+    with pytest.raises(ShapeError, match=r"noise_scale: expected shape \(2,\), got \(1,\)"):
+        accumulator.update(torch.zeros(3, 2), torch.ones(1))
+    with pytest.raises(DataTypeError, match="log_weights: expected a floating tensor, got torch.int64"):
+        accumulator.update(torch.zeros(3, 2).long(), torch.ones(2))
+    with pytest.raises(ShapeError, match="num_data: expected 1 or more, got 0"):
+        ops.WeightAccumulator(0, 3)
+
+
+def test_the_record_is_frozen():
+    summary = accumulate(torch.zeros(2, 1), 1)
+    with pytest.raises(AttributeError):
+        summary.value = torch.zeros(1)
