@@ -43,8 +43,14 @@ def main() -> None:
     data_dim, wide = train.shape[1], 64 if args.data == "digits" else 200
     torch.manual_seed(args.seed)
 
+    def make_encoder(size: int) -> MLP:
+        net = MLP(data_dim, [2 * wide, 2 * wide], size)
+        with torch.no_grad():
+            net.layers[-1].weight.mul_(0.1)  # q starts near the prior
+        return net
+
     decoder = MLP(LATENT_DIM, [wide, wide], data_dim)
-    encoder = MLP(data_dim, [2 * wide, 2 * wide], 2 * LATENT_DIM)
+    encoder = make_encoder(2 * LATENT_DIM)
 
     def model(x: torch.Tensor) -> None:
         pyro.module("decoder", decoder)
@@ -58,15 +64,12 @@ def main() -> None:
             loc, log_scale = encoder(x).chunk(2, dim=-1)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
-    def encode(size: int) -> nn.Module:
-        return MLP(data_dim, [2 * wide, 2 * wide], size)
-
     triangle = LATENT_DIM * (LATENT_DIM + 1) // 2
-    teacher = lvm.guides.DiagonalNormal(LATENT_DIM, encode(2 * LATENT_DIM))
+    teacher = lvm.guides.DiagonalNormal(LATENT_DIM, make_encoder(2 * LATENT_DIM))
     guides = {
         "mean-field": mean_field,
-        "full-rank": lvm.guides.FullRankNormal(LATENT_DIM, encode(LATENT_DIM + triangle)),
-        "flow": lvm.guides.Flow(LATENT_DIM, encode(LATENT_DIM + triangle + 32), base="full", context_dim=32),
+        "full-rank": lvm.guides.FullRankNormal(LATENT_DIM, make_encoder(LATENT_DIM + triangle)),
+        "flow": lvm.guides.Flow(LATENT_DIM, make_encoder(LATENT_DIM + triangle + 32), base="full", context_dim=32),
     }
 
     print(f"training a decoder on {len(train)} {args.data} images, then {len(guides)} guides on the frozen decoder")
@@ -100,7 +103,9 @@ def train_pair(
     def decay(step: int) -> float:
         return min(1.0, 0.02 + 1.96 * (1 - step / num_steps))
 
-    schedule = lvm.callbacks.Schedule(lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, decay), every="step")
+    schedule = lvm.callbacks.Schedule(
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, decay), every="step"
+    )
     adam = lambda params: torch.optim.Adam(params, lr=2e-3)  # noqa: E731
     return lvm.fit(model, guide, x, optim=adam, num_steps=num_steps, seed=seed, callbacks=[schedule], **options)
 

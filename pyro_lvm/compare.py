@@ -261,8 +261,8 @@ def compare(
         raise ShapeError(refuse("rows", "at least one pair", "none", 'Pass {"name": (model, guide)}.'))
     source = data_source(x, args, data_args, device)
     kinds = {name: _pairs(name, row) for name, row in rows.items()}
-    options = {"num_particles": num_particles, "data_plate": data_plate, "data_args": data_args, "seed": seed}
-    options |= {"vectorize": vectorize, "chunks": chunks, "device": device, "progress": progress}
+    options: dict[str, Any] = {"num_particles": num_particles, "data_plate": data_plate, "data_args": data_args}
+    options |= {"vectorize": vectorize, "chunks": chunks, "seed": seed, "device": device, "progress": progress}
     measured = []
     for name, kind in kinds.items():
         try:

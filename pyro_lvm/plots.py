@@ -25,6 +25,7 @@ def comparison(result: Any) -> "Figure":
         The figure; ``savefig`` writes it.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = [row.name for row in result.rows]
     heights = range(len(names))
@@ -38,6 +39,7 @@ def comparison(result: Any) -> "Figure":
         values, heights, xerr=[row.stderr for row in result.rows], fmt="D", color="#D55E00", label="log p-hat"
     )
     bounds.set(xlabel="nats per datum", yticks=list(heights), yticklabels=names, title="bound and evidence")
+    bounds.xaxis.set_major_locator(MaxNLocator(4))
     bounds.invert_yaxis()
     bounds.legend(frameon=False, fontsize="small", loc="best")
 
@@ -47,7 +49,8 @@ def comparison(result: Any) -> "Figure":
         [d for d, _ in differences], heights, xerr=[2 * e for _, e in differences], fmt="o", color="#0072B2", capsize=3
     )
     score = "ELBO" if result.ranked_by == "elbo" else "log p-hat"
-    paired.set(xlabel="nats per datum", title=f"{score} less the best, ±2 paired errors")
+    paired.xaxis.set_major_locator(MaxNLocator(4))
+    paired.set(xlabel="nats per datum, paired", title=f"{score} \u2212 best, \u00b12 errors")
 
     left = [0.0] * len(names)
     for word in STATUSES:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pyro_lvm._checks import refuse
-from pyro_lvm._typing import Data, Model
+from pyro_lvm._typing import Data
 from pyro_lvm._version import __version__
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.data import data_source
@@ -19,7 +19,7 @@ __all__ = ["closed_form"]
 _ROWS = 1024  # data at once
 
 
-def closed_form(model: Model, x: Data, *args: Any, device: torch.device | str | None = None) -> LogMarginal:
+def closed_form(model: Any, x: Data, *args: Any, device: torch.device | str | None = None) -> LogMarginal:
     """log p(x) of every datum from ``model.log_prob(x, *args)``, exact.
 
     Args:

@@ -68,7 +68,8 @@ class FullRankNormal(nn.Module):
 
     Args:
         latent_dim: L.
-        encoder: maps x to ``(N, L + L (L + 1) / 2)``: the means, the raw diagonal of S, then what is below it, by rows.
+        encoder: maps x to ``(N, L + L (L + 1) / 2)``: the means, the raw diagonal of S, then L times what is below it,
+            by rows.
         num_data: N, for local parameters, in the place of ``encoder``.
         site: the latent's name in the model.
 
@@ -124,7 +125,8 @@ def full_rank_normal(phi: torch.Tensor, latent_dim: int) -> dist.MultivariateNor
     loc, raw, below = phi.split([latent_dim, latent_dim, phi.shape[-1] - 2 * latent_dim], dim=-1)
     rows, columns = torch.tril_indices(latent_dim, latent_dim, offset=-1, device=phi.device)
     scale_tril = _positive(raw).diag_embed()  # (N, L, L)
-    scale_tril[..., rows, columns] = below
+    # Divided by L, so that a random encoder starts near a diagonal S whatever L is.
+    scale_tril[..., rows, columns] = below / latent_dim
     return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
 

@@ -25,12 +25,14 @@ __all__ = [
     "is_latent",
     "is_observed",
     "is_real",
+    "is_unobserved",
     "outside_support",
     "run",
     "scaled_plate",
     "site_log_prob",
     "support",
     "vectorised_frames",
+    "without",
 ]
 
 #: Name of the plate that holds the particles.
@@ -52,6 +54,11 @@ def is_latent(site: Site) -> bool:
 def is_observed(site: Site) -> bool:
     """An observed random variable or a factor; ``pyro.deterministic`` has no density and is neither."""
     return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
+
+
+def is_unobserved(name: str) -> bool:
+    """The site that ``obs_mask=`` makes for the values that are missing."""
+    return name.endswith("_unobserved")
 
 
 def vectorised_frames(site: Site) -> list[Any]:
@@ -109,6 +116,11 @@ def scaled_plate(program: Callable[..., Any], plate: str, factor: float) -> Call
             return program(*args)
 
     return scaled
+
+
+def without(program: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """``program`` with the sites ``names`` hidden: drawn as before, and seen by nobody."""
+    return poutine.block(program, hide=list(names))
 
 
 def run(  # noqa: PLR0913

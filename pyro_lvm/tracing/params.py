@@ -35,15 +35,18 @@ logger = logging.getLogger("pyro_lvm")
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a callable learned in one pair, in the current store or in one of the pair's own."""
+    """What a callable learned in one pair.
+
+    ``witnesses`` are tensors that the current store held at the time. Once all are gone from it the store was cleared,
+    and with it, as in Pyro, what was learned: a notebook that clears the store and trains again begins afresh.
+    """
 
     params: Params
-    own_store: bool
+    witnesses: Params
 
-    def valid(self) -> Params:
-        """Without the values that went when the current store was cleared."""
+    def forgotten(self) -> bool:
         here = current_params()
-        return self.params if self.own_store else {n: p for n, p in self.params.items() if n in here}
+        return bool(self.witnesses) and not any(n in here and here[n][0] is t for n, (t, _) in self.witnesses.items())
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Fitted:
         self.params = params
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program over the current store with these parameters on top."""
         with _installed(current_params() | self.params):
             return self.program(*args, **kwargs)
 
@@ -140,8 +144,8 @@ def _learned_by(program: Callable[..., Any], partner: Callable[..., Any] | None)
     entries = _record(program).by_partner
     token = _record(partner).token if partner is not None else None
     if token in entries:
-        return entries[token].valid()
-    candidates = [params for entry in entries.values() if (params := entry.valid())]
+        return {} if entries[token].forgotten() else entries[token].params
+    candidates = [entry.params for entry in entries.values() if not entry.forgotten()]
     if not all(_same(candidates[-1], other) for other in candidates):
         name = getattr(program, "__qualname__", type(program).__name__)
         raise ParameterError(
@@ -166,6 +170,7 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
         UntrainedParameterWarning: a parameter came into being inside, so its value is an initial one.
     """
     here = current_params()
+    _check_not_taken(model, guide, here)
     wanted = learned(model, guide)
     loaded = {n for n in wanted if n in here and not _owners(n, here[n][0])}
     before = here | {n: p for n, p in wanted.items() if n not in loaded}
@@ -184,46 +189,81 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
         )
 
 
+def _check_not_taken(model: Model, guide: Guide | None, here: Params) -> None:
+    """A pair that was forgotten when the store was cleared must not run on what another has learned since."""
+    for program, partner in ((model, guide), (guide, model)):
+        if program is None or partner is None or isinstance(program, Fitted):
+            continue
+        entry = _record(program).by_partner.get(_record(partner).token)
+        if entry is not None and entry.forgotten():
+            taken = [n for n in entry.params if n in here and _owners(n, here[n][0])]
+            if taken:
+                raise ParameterError(
+                    f"parameters {taken}: expected what this pair learned, got values of another pair: the param store "
+                    "was cleared in between. Pass `FitResult.model` and `FitResult.guide`, or train the pair again."
+                )
+
+
 def module_parameters(program: Any) -> list[torch.nn.Parameter]:
     """Parameters of the module that a callable is or is bound to."""
     owner = anchor(program)
     return list(owner.parameters()) if isinstance(owner, torch.nn.Module) else []
 
 
-def _owners(name: str, tensor: torch.Tensor) -> set[object]:
-    """Tokens of the callables that learned this very tensor under this name."""
+Pair = frozenset[object]
+
+
+def _owners(name: str, tensor: torch.Tensor) -> set[Pair]:
+    """The pairs that learned this very tensor under this name."""
     records = [record for rest in _records.values() for record in rest.values()]
-    return {r.token for r in records for e in r.by_partner.values() if e.params.get(name, (None,))[0] is tensor}
+    return {
+        frozenset((record.token, partner))
+        for record in records
+        for partner, entry in record.by_partner.items()
+        if entry.params.get(name, (None,))[0] is tensor
+    }
 
 
-def _clashes(mine: Params) -> list[str]:
-    """Names of this pair under which the current store holds values of another."""
-    here = current_params()
-    differing = [n for n, (tensor, _) in mine.items() if n in here and here[n][0] is not tensor]
-    return [n for n in differing if _owners(n, here[n][0]) or isinstance(mine[n][0], torch.nn.Parameter)]
+def _clashes(mine: Params, pair: Pair, trainable: Callable[[str], bool]) -> Params:
+    """What the current store holds of other pairs under names that this one uses, and would train over."""
+    here, found = current_params(), {}
+    for name, (tensor, _) in mine.items():
+        if name not in here:
+            continue
+        module = isinstance(tensor, torch.nn.Parameter)
+        others = _owners(name, here[name][0]) - {pair}
+        shared = here[name][0] is tensor  # with the pair that it was learned in; a module has it for good
+        if (others and trainable(name) and not module) if shared else (others or module):
+            found[name] = here[name]
+    return found
 
 
 Names = tuple[set[str], set[str]]
 
 
 @contextmanager
-def training_store(model: Model, guide: Guide, parameter_names: Callable[[], Names]) -> Iterator[dict[str, Params]]:
+def training_store(
+    model: Model, guide: Guide, parameter_names: Callable[[], Names], trainable: Callable[[str], bool] = bool
+) -> Iterator[dict[str, Params]]:
     """The store in which to train: the current one, or one of the pair's own where names clash.
 
     ``parameter_names`` runs both callables once, in a store that holds only what they have already learned, and returns
     the names that each uses. A pair that needs a store of its own starts with copies of what its callables learned in
-    other pairs, so that those stay as they are. On the way out, also after an error, each callable remembers its
-    parameters. Yields a dictionary that then holds them under ``"params"``.
+    other pairs, so that those stay as they are; the parameters of a module exist once, and go on from where they are.
+    On the way out, also after an error, each callable remembers its parameters. Yields a dictionary that then holds
+    them under ``"params"``.
     """
     before = learned(model, guide)
     with _installed(before):
         model_names, guide_names = parameter_names()
         mine = current_params()
-    clashes = _clashes(mine)
+    tokens = _record(model, create=True).token, _record(guide, create=True).token
+    clashes = _clashes(mine, frozenset(tokens), trainable)
     if clashes:
-        shown = str(clashes) if len(clashes) < 4 else f"{clashes[:3]} and {len(clashes) - 3} more"
+        names = list(clashes)
+        shown = str(names) if len(names) < 4 else f"{names[:3]} and {len(names) - 3} more"
         logger.warning("parameters %s of the param store belong to another pair: this pair trains in its own", shown)
-    refit = _record(guide).token in _record(model).by_partner
+    refit = tokens[1] in _record(model).by_partner
     start = mine | ({} if refit else {n: _copy(p) for n, p in before.items()})
     result: dict[str, Params] = {"params": {}}
     with _installed(start) if clashes else nullcontext():
@@ -232,7 +272,7 @@ def training_store(model: Model, guide: Guide, parameter_names: Callable[[], Nam
         try:
             yield result
         finally:
-            result["params"] = _remember(model, guide, model_names, guide_names, own_store=bool(clashes))
+            result["params"] = _remember(model, guide, model_names, guide_names, clashes)
 
 
 def _copy(param: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
@@ -242,11 +282,12 @@ def _copy(param: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
     return tensor.detach().clone().requires_grad_(True), constraint
 
 
-def _remember(model: Model, guide: Guide, model_names: set[str], guide_names: set[str], own_store: bool) -> Params:
+def _remember(model: Model, guide: Guide, model_names: set[str], guide_names: set[str], clashes: Params) -> Params:
     """Note which parameters each callable of the pair has learned; returns all of them."""
     here = current_params()
     for program, partner, names in ((model, guide, model_names), (guide, model, guide_names)):
-        record, token = _record(program, create=True), _record(partner, create=True).token
+        record, token = _record(program), _record(partner).token
+        params = {n: here[n] for n in sorted(names) if n in here}
         record.by_partner.pop(token, None)  # so that it becomes the latest
-        record.by_partner[token] = _Entry({n: here[n] for n in sorted(names) if n in here}, own_store)
+        record.by_partner[token] = _Entry(params, clashes or params)
     return {n: here[n] for n in sorted(model_names | guide_names) if n in here}

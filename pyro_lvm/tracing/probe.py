@@ -7,6 +7,7 @@ reshape by ``len(x)``) or couples the data (a batch mean) gives other numbers, a
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -329,7 +330,9 @@ def batch_plate(model: Model, guide: Guide, *args: Any) -> str | None:
     """
     batch = make_batch(args[0], args[1:])
     with torch.no_grad():
-        runs = [_run_pair(model, guide, part) for part in (batch, batch.rows(slice(1, None))) if len(part)]
+        runs = [_run_pair(model, guide, batch)]
+        with suppress(Exception):  # local parameters run on all of their data only
+            runs += [_run_pair(model, guide, batch.rows(slice(1, None)))]
     sites = [s for s in runs[0].model.values() if is_latent(s) or is_observed(s)]
     if common_plates(sites):
         return None

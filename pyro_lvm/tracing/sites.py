@@ -15,6 +15,7 @@ from pyro_lvm.tracing.intercept import (
     is_latent,
     is_observed,
     is_real,
+    is_unobserved,
     outside_support,
     support,
 )
@@ -83,7 +84,7 @@ def match_sites(model: Trace, guide: Trace) -> Match:
 
 
 def _is_free(name: str, site: Site) -> bool:
-    return name.endswith("_unobserved") or isinstance(base_distribution(site["fn"]), Delta)
+    return is_unobserved(name) or isinstance(base_distribution(site["fn"]), Delta)
 
 
 def _suggest(name: str, names: list[str]) -> str:

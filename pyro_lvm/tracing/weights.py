@@ -82,7 +82,7 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
 
 
 @contextmanager
-def evaluation(model: Model, guide: Guide) -> Iterator[None]:
+def evaluation(model: Model, guide: Guide | None) -> Iterator[None]:
     """The pair with its learned parameters, in eval mode; nothing outside changes."""
     with evaluation_store(model, guide), eval_mode(model, guide):
         yield

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, TraceTailAdaptive_ELBO
+from pyro.infer import ELBO, SVI, TraceTailAdaptive_ELBO
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 
@@ -68,7 +68,7 @@ class Engine:
             self.names = parameter_names(self.model, self.guide, *self.batch)
             num_data = self.batches.num_data
             self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
-        if not any(map(self._trainable, self.names[0] | self.names[1])):
+        if not any(map(self.trainable, self.names[0] | self.names[1])):
             half = "pair" if self.update == "both" else self.update
             cure = 'Declare one by pyro.param, pyro.module or a PyroModule; what both halves use is trained by "both".'
             raise ParameterError(refuse("update", f"a parameter of the {half}", "none", cure))
@@ -92,7 +92,7 @@ class Engine:
         names = self.names[0] | self.names[1]
         clear_gradients(tensor for name, (tensor, _) in current_params().items() if name in names)
 
-    def _trainable(self, name: str) -> bool:
+    def trainable(self, name: str) -> bool:
         """Whether a parameter is updated: it belongs to no frozen half."""
         model_names, guide_names = self.names
         if name not in model_names | guide_names:
@@ -112,11 +112,12 @@ class Engine:
         """Step until something says stop; returns the seconds that it took."""
         objective, state = self.objective, self.state
         has_value = not isinstance(objective.loss, TraceTailAdaptive_ELBO)  # it reports inf, for want of a value
-        guard = GuardedOptimizer(optim, self._trainable, self._start, check_loss=has_value)
+        guard = GuardedOptimizer(optim, self.trainable, self._start, check_loss=has_value)
         state.params = guard.params
         svi = SVI(objective.model, objective.guide, guard, objective.loss)
         svi.loss_and_grads = guard.watch(svi.loss_and_grads)
-        self._forget_initial_values()
+        if isinstance(objective.loss, ELBO):
+            self._forget_initial_values()
         started = time.perf_counter()
         try:
             with _bar(progress, num_steps or (num_epochs or 0) * (self.batches.num_batches or 0)) as bar:

@@ -111,7 +111,7 @@ def fit(
     with forked_rng(seed, devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NAN_WARNING, category=UserWarning)
         engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, hooks, devices)
-        with training_store(model, guide, lambda: engine.look(loss)) as store:
+        with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
             seconds = engine.train(optim or adam, num_epochs, num_steps, progress)
     result = _result(engine, store["params"], seconds)
     _report(result)
@@ -124,7 +124,7 @@ def _result(engine: Engine, params: Params, seconds: float) -> FitResult:
 
     return FitResult(
         losses=torch.tensor([row["loss"] for row in engine.state.history], dtype=torch.float64),
-        num_steps=engine.state.step,
+        num_steps=len(engine.state.history),
         seconds=seconds,
         stop_reason=engine.state.stop_reason or "",
         skipped=engine.skipped,

@@ -15,8 +15,18 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, SiteError
-from pyro_lvm.tracing.intercept import Trace, base_distribution, is_latent, is_observed, run, scaled_plate
+from pyro_lvm.tracing.intercept import (
+    Trace,
+    base_distribution,
+    is_latent,
+    is_observed,
+    is_unobserved,
+    run,
+    scaled_plate,
+    without,
+)
 from pyro_lvm.tracing.isolation import eval_mode
+from pyro_lvm.tracing.plates import nesting
 from pyro_lvm.tracing.probe import batch_plate
 
 __all__ = ["Objective", "make_objective"]
@@ -55,7 +65,7 @@ def make_objective(
 
     Raises:
         SiteError: no loss is given and the guide lacks a latent that cannot be enumerated.
-        PlateError: the loss must be scaled to the data set, whose size is unknown.
+        PlateError: the loss must be scaled to the data set, and cannot be.
     """
     guide_trace, model_trace = _run_pair(model, guide, batch)
     programs = {"model": model, "guide": guide}
@@ -66,15 +76,27 @@ def make_objective(
             if num_data is None:
                 cure = "Use a data set with a length, or give the plate the size of the data set and `subsample=`."
                 raise PlateError(refuse("data", f"a known size, for plate {plate!r}", "a stream without one", cure))
+            if _is_messenger(guide):
+                cure = "Give the plate the size of the data set and `subsample=`, or use all data in each step."
+                raise PlateError(refuse("guide", f"a function, to scale plate {plate!r}", "a GuideMessenger", cure))
             total = num_data
             programs = {name: _scaled(program, plate, num_data) for name, program in programs.items()}
     frozen = {"model": "guide", "guide": "model"}.get(update)
-    if frozen:
+    if frozen and not _is_messenger(programs[frozen]):
         programs[frozen] = _in_eval_mode(programs[frozen])
+    unobserved = [n for n, s in model_trace.items() if is_latent(s) and n not in guide_trace and is_unobserved(n)]
+    if unobserved:  # the half of an obs_mask that is not there: drawn from the model, it cancels
+        programs["model"] = without(programs["model"], unobserved)
+        model_trace = {n: s for n, s in model_trace.items() if n not in unobserved}
     if loss is None:
         loss, enumerate_model = _default_loss(model_trace, guide_trace)
         programs["model"] = config_enumerate(programs["model"]) if enumerate_model else programs["model"]
     return Objective(programs["model"], programs["guide"], loss, total)
+
+
+def _is_messenger(program: Program) -> bool:
+    """A guide that runs its own model, which Pyro knows by its class: it cannot be wrapped."""
+    return hasattr(program, "get_traces")
 
 
 def _run_pair(model: Program, guide: Program, batch: Args) -> tuple[Trace, Trace]:
@@ -94,7 +116,9 @@ def _default_loss(model: Trace, guide: Trace) -> tuple[Any, bool]:
         cure = f"Sample {lacking} in the guide: only discrete latents may be left out, to be enumerated."
         raise SiteError(refuse("guide", f"the latent sites {list(latents)} of the model", sampled, cure))
     marked = any(is_latent(s) and s["infer"].get("enumerate") for s in guide.values())
-    return (TraceEnum_ELBO() if missing or marked else Trace_ELBO()), bool(missing)
+    if not (missing or marked):
+        return Trace_ELBO(), False
+    return TraceEnum_ELBO(max_plate_nesting=nesting(model, guide)), bool(missing)
 
 
 def _scaled_by_itself(model: Trace, batch_size: int, num_data: int | None) -> int | None:

@@ -168,6 +168,21 @@ def test_full_rank_contains_diagonal():
     torch.testing.assert_close(large.log_prob(z), small.log_prob(z))
 
 
+def test_full_rank_reads_means_diagonal_and_rows_below():
+    phi = torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 30.0, 60.0, 90.0]])
+    q = FullRankNormal(3, encoder=_Constant(phi)).distribution(phi)
+    torch.testing.assert_close(q.loc, torch.tensor([[1.0, 2.0, 3.0]]))
+    torch.testing.assert_close(q.scale_tril, torch.tensor([[[1.0, 0, 0], [10, 1, 0], [20, 30, 1]]]))
+
+
+def test_diagonal_reads_means_then_raw_scales():
+    phi = torch.tensor([[1.0, 2.0, 0.0, 50.0]])
+    q = DiagonalNormal(2, encoder=_Constant(phi)).distribution(phi)
+    torch.testing.assert_close(q.mean, torch.tensor([[1.0, 2.0]]))
+    # softplus(0 + log(e - 1)) = 1, and softplus(y) = y for a large y
+    torch.testing.assert_close(q.stddev, torch.tensor([[1.0, 50.0 + math.log(math.e - 1)]]))
+
+
 class _Constant(nn.Module):
     def __init__(self, phi):
         super().__init__()

@@ -232,7 +232,7 @@ def test_a_model_without_observations() -> None:
 # --- dimensions without a plate ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_data", "size"), [(4, 3), (3, 3), (2, 2), (1, 3), (2, 3), (5, 5), (1, 1)])
+@pytest.mark.parametrize(("num_data", "size"), [(4, 3), (3, 3), (2, 2), (1, 3), (2, 3), (5, 5), (5, 1)])
 @pytest.mark.parametrize("program", ["likelihood", "latent", "both"])
 def test_a_forgotten_to_event(num_data: int, size: int, program: str) -> None:
     """Also where the batch shape fits by chance, N = D."""

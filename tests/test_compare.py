@@ -1,0 +1,196 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_lvm as lvm
+
+# z ~ N(0, 1), x | z ~ N(z, 1): log p(x) = log N(x; 0, 2), posterior N(x / 2, 1 / 2). For q = N(x / 2 + b, s^2) and
+# p = N(m, v) the KL divergence is log(sqrt(v) / s) + (s^2 + (b)^2) / (2 v) - 1 / 2, here with v = 1 / 2.
+X = torch.linspace(-2.0, 2.0, 40, dtype=torch.float64)
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def gaussian(shift, scale):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + shift, scale))
+
+    return guide
+
+
+def divergence(shift, scale):
+    return math.log(math.sqrt(0.5) / scale) + (scale**2 + shift**2) - 0.5
+
+
+ROWS = {
+    "off": (model, gaussian(0.5, 0.9)),
+    "exact": (model, gaussian(0.0, math.sqrt(0.5))),
+    "wide": (model, gaussian(0.0, 0.9)),
+}
+LOG_PX = torch.distributions.Normal(0.0 * X[0], math.sqrt(2.0)).log_prob(X)
+
+
+class Exact:
+    """A model with nothing but an exact density."""
+
+    def log_prob(self, x):
+        return torch.distributions.Normal(0.0 * X[0], math.sqrt(2.0)).log_prob(x)
+
+    __call__ = log_prob
+
+
+@pytest.fixture
+def result():
+    return lvm.compare(ROWS, X, num_particles=2000, reference=lvm.log_marginal(Exact(), None, X))
+
+
+def test_one_model_is_ranked_by_elbo(result):
+    assert [row.name for row in result.rows] == ["exact", "wide", "off"]
+    assert result.ranked_by == "elbo"
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("name", "shift", "scale"), [("wide", 0.0, 0.9), ("off", 0.5, 0.9)])
+def test_gaps_and_differences_are_the_divergences(result, name, shift, scale):
+    # 80,000 draws of log-weights with standard deviation below 2: an error of 0.01, five of which are allowed.
+    assert result.gap(name) == pytest.approx(divergence(shift, scale), abs=0.05)
+    difference, error = result.difference(name)
+    assert difference == pytest.approx(-divergence(shift, scale), abs=5 * error)
+    assert 0 < error < 0.01
+
+
+def test_the_exact_row_has_no_gap_and_no_error(result):
+    row = result.rows[0]
+    assert result.gap("exact") == pytest.approx(0.0, abs=1e-10)
+    assert row.stderr == 0.0
+    assert row.log_marginal == pytest.approx(float(LOG_PX.mean()), abs=1e-10)
+
+
+def test_common_random_numbers():
+    # Two guides that differ by their name only see the same draws.
+    rows = {"one": (model, gaussian(0.0, 0.9)), "two": (model, gaussian(0.0, 0.9))}
+    one, two = lvm.compare(rows, X, num_particles=10).rows
+    assert torch.equal(one.runs[0].value, two.runs[0].value)
+
+
+def test_other_models_are_ranked_by_log_p_and_it_is_said():
+    def wider(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 3.0), obs=x)
+
+    rows = {"wider": (wider, gaussian(0.0, 0.9)), "model": ROWS["wide"]}
+    result = lvm.compare(rows, X)
+    assert result.ranked_by == "value"
+    assert "do not share one model" in str(result)
+
+
+def test_one_model_under_two_names_is_recognised():
+    def same(x):
+        return model(x)
+
+    assert lvm.compare({"a": ROWS["wide"], "b": (same, gaussian(0.5, 0.9))}, X).ranked_by == "elbo"
+
+
+def test_a_closed_form_row_and_a_record_as_row():
+    record = lvm.log_marginal(*ROWS["wide"], X, seed=0)
+    result = lvm.compare({"closed": (Exact(), None), "record": record}, X)
+    statuses = {row.name: row.status_shares() for row in result.rows}
+    assert statuses["closed"] == {"exact": 1.0}
+    assert next(row for row in result.rows if row.name == "record").runs == (record,)
+
+
+def test_training_runs_have_a_spread():
+    runs = [(model, gaussian(shift, 0.9)) for shift in (0.0, 0.1, 0.2)]
+    result = lvm.compare({"several": runs, "one": ROWS["exact"]}, X)
+    several = next(row for row in result.rows if row.name == "several")
+    means = torch.tensor([run.mean for run in several.runs])
+    assert several.spread == pytest.approx(float(means.std()))
+    assert "between seeds" in str(result)
+    assert math.isnan(result.rows[0].spread)
+
+
+def test_what_the_errors_cover_is_said():
+    assert "do not cover training" in str(lvm.compare(ROWS, X))
+
+
+def test_doubt_is_a_note_and_no_warning_a_row():
+    text = str(lvm.compare({"bad": (model, gaussian(3.0, 0.05))}, X, num_particles=200))
+    assert "bad: log p-hat is unreliable for" in text
+    assert "+-" not in text.splitlines()[2]  # its bias is not small against its error
+
+
+def test_markdown_html_pandas(result, tmp_path):
+    assert result.to_markdown().startswith("| pair | ELBO |")
+    result.to_html(tmp_path / "page.html")
+    assert "<td>exact</td>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<table>" in result._repr_html_()
+    frame = result.to_pandas()
+    assert list(frame.index) == ["exact", "wide", "off"]
+    assert frame.loc["wide", "gap"] == result.gap("wide")
+
+
+def test_arviz_has_one_group_a_row(result):
+    tree = result.to_datatree()
+    assert set(tree.children) == {"exact", "wide", "off"}
+    assert tree["off"]["value"].shape == (40,)
+    groups = result.to_arviz()
+    assert float(groups["exact"]["value"].mean()) == pytest.approx(float(LOG_PX.mean()))
+
+
+def test_plot(result, tmp_path):
+    figure = result.plot()
+    assert [axes.get_title() for axes in figure.axes][0] == "bound and evidence"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["exact", "wide", "off"]
+    figure.savefig(tmp_path / "comparison.png")
+
+
+def test_parameters_are_counted():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 2).double()  # 4 numbers
+
+        def forward(self, x):
+            pyro.module("net", self)
+            with pyro.plate("data", len(x)):
+                loc, log_scale = self.layer(x[:, None]).unbind(-1)
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    assert lvm.compare({"net": (model, Net())}, X, num_particles=50).rows[0].num_parameters == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "error", "words"),
+    [
+        ({}, {}, lvm.ShapeError, "at least one pair"),
+        ({"a": model}, {}, lvm.DataTypeError, "a pair"),
+        ({"a": []}, {}, lvm.DataTypeError, "a pair"),
+        ({"a": (model, ROWS["wide"][1], 3)}, {}, lvm.DataTypeError, "a pair"),
+        (ROWS, {"reference": "short"}, lvm.ShapeError, "one number of data"),
+        (ROWS, {"num_particles": 0}, lvm.ShapeError, "num_particles"),
+    ],
+)
+def test_bad_arguments(rows, options, error, words):
+    if options.get("reference"):
+        options = {"reference": lvm.log_marginal(Exact(), None, X[:5])}
+    with pytest.raises(error, match=words):
+        lvm.compare(rows, X, **options)
+
+
+def test_an_error_names_its_row():
+    def misnamed(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("zz", dist.Normal(x / 2, 1.0))
+
+    with pytest.raises(lvm.SiteError) as caught:
+        lvm.compare({"good": ROWS["wide"], "typo": (model, misnamed)}, X)
+    assert "in row 'typo' of compare()" in caught.value.__notes__
