@@ -1,5 +1,9 @@
-"""Checks at the public edge: one wording for every refusal (argument, expected, got, cure)."""
+"""Checks at the public edge: one wording for every refusal (argument, expected, got, cure), and warnings."""
 
+import contextlib
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,7 +11,9 @@ import torch
 
 from pyro_lvm.errors import DataTypeError, ShapeError
 
-__all__ = ["check_positive_int", "data_tensor", "refuse"]
+__all__ = ["check_positive_int", "data_tensor", "refuse", "warn_caller"]
+
+_INTERNAL = (str(Path(__file__).parent), str(contextlib.__file__))
 
 
 def refuse(argument: str, expected: str, got: Any, cure: str) -> str:
@@ -45,3 +51,11 @@ def data_tensor(argument: str, value: Any, device: torch.device | str | None = N
     if value.is_floating_point() and bool(value.isnan().all()):
         raise ShapeError(refuse(argument, "finite numbers", "nothing but NaN", "Check how the data were read."))
     return value if device is None else value.to(device)
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called into the package, however deep the warning comes from."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

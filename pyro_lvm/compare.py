@@ -18,7 +18,7 @@ from pyro_lvm.evidence.data import data_source
 from pyro_lvm.evidence.record import to_arviz
 from pyro_lvm.table import TextTable
 from pyro_lvm.tracing.batch import DataArgs, Rows
-from pyro_lvm.tracing.probe import count_parameters, same_model
+from pyro_lvm.tracing.questions import count_parameters, same_model
 
 if TYPE_CHECKING:
     import pandas

@@ -274,6 +274,23 @@ def mask_both(n: int) -> Pair:
     return Pair(model, guide, plain(n).x, plain(n).log_px * seen, (seen,))
 
 
+def mask_distributions(n: int) -> Pair:
+    """The mask is part of each distribution, also of the guide's."""
+
+    def model(x: torch.Tensor, seen: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(seen))
+            pyro.sample("x", dist.Normal(z, SIGMA).mask(seen), obs=x)
+
+    def guide(x: torch.Tensor, seen: torch.Tensor) -> None:
+        loc, scale, _ = posterior(x[:, None])
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale).mask(seen))
+
+    seen = _seen(n)
+    return Pair(model, guide, plain(n).x, plain(n).log_px * seen, (seen,))
+
+
 def mask_pixels(n: int) -> Pair:
     def model(x: torch.Tensor, seen: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -481,6 +498,19 @@ def pyro_module(n: int) -> Pair:
     return Pair(normal_model, Encoder(), plain(n).x, plain(n).log_px)
 
 
+def delta_density(n: int) -> Pair:
+    """A `Delta` in the model counts with its log-density, here that of a second observation."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            z = pyro.sample("again", dist.Delta(z, log_density=dist.Normal(z, SIGMA).log_prob(x[:, 1])))
+            pyro.sample("x", dist.Normal(z, SIGMA), obs=x[:, 0])
+
+    x = data(n, 2)
+    return Pair(model, factor(n).guide, x, posterior(x)[2])
+
+
 def labels(n: int) -> Pair:
     """Two further arguments, one a datum and one not."""
 
@@ -609,11 +639,13 @@ ORACLES: dict[str, Callable[[int], Pair]] = {
         sequential_data,
         mask_likelihood,
         mask_both,
+        mask_distributions,
         mask_pixels,
         obs_mask,
         scale,
         factor,
         factor_alone,
+        delta_density,
         deterministic,
         conditioned,
         conditioned_whole,

@@ -36,8 +36,8 @@ def closed_form(model: Any, x: Data, *args: Any, device: torch.device | str | No
 
     Example:
         >>> import torch
-        >>> closed_form(torch.distributions.Normal(0.0, 1.0), torch.zeros(3)).status
-        array(['exact', 'exact', 'exact'], dtype='<U5')
+        >>> closed_form(torch.distributions.Normal(0.0, 1.0), torch.zeros(3)).status.tolist()
+        ['exact', 'exact', 'exact']
     """
     if not callable(getattr(model, "log_prob", None)):
         cure = "Give it a guide, or a method log_prob(x) that returns one number per datum."

@@ -17,8 +17,10 @@ __all__ = ["data_source"]
 class _DatasetRows:
     """The items of a map-style data set read when they are asked for."""
 
-    def __init__(self, dataset: Any, args: Sequence[Any], collate: Any, device: torch.device | str | None) -> None:
-        self.dataset, self.extra, self.collate, self.device = dataset, tuple(args), collate, device
+    def __init__(self, dataset: Any, args: Sequence[Any], data_args: DataArgs, collate: Any, device: Any) -> None:
+        self.dataset, self.collate, self.device = dataset, collate, device
+        _, *own = make_batch(torch.empty(len(dataset)), args, data_args).per_datum
+        self.args = list(zip(args, own, strict=True))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -26,9 +28,11 @@ class _DatasetRows:
     def rows(self, index: slice) -> Batch:
         """Read some items."""
         items = self.collate([self.dataset[i] for i in range(*index.indices(len(self)))])
-        own = tuple(items) if isinstance(items, list | tuple) else (items,)
-        own = (data_tensor("x", own[0]), *own[1:])
-        return Batch(own + self.extra, (True,) * len(own) + (False,) * len(self.extra)).to(self.device)
+        x, *others = items if isinstance(items, list | tuple) else (items,)
+        others += [a[index] if own else a for a, own in self.args]
+        per_datum = (True,) * (1 + len(others) - len(self.args)) + tuple(own for _, own in self.args)
+        x = x if isinstance(x, torch.Tensor) else data_tensor("x", x)
+        return Batch((x, *others), per_datum).to(self.device)
 
 
 def data_source(x: Data, args: Sequence[Any], data_args: DataArgs, device: torch.device | str | None) -> Rows:
@@ -40,13 +44,13 @@ def data_source(x: Data, args: Sequence[Any], data_args: DataArgs, device: torch
     """
     collate = default_collate
     if isinstance(x, DataLoader):
-        x, collate = x.dataset, x.collate_fn
+        collate = collate if x.batch_sampler is None else x.collate_fn
+        x = x.dataset
     if isinstance(x, IterableDataset):
         cure = "Results are per datum, in order: pass a map-style Dataset (with __len__ and __getitem__) or a tensor."
         raise DataTypeError(refuse("x", "data with a length", "an IterableDataset", cure))
     if isinstance(x, Dataset):
-        source = _DatasetRows(x, args, collate, device)
-        if len(source) == 0:
+        if len(x) == 0:  # type: ignore[arg-type]
             data_tensor("x", torch.empty(0))
-        return source
+        return _DatasetRows(x, args, data_args, collate, device)
     return make_batch(data_tensor("x", x), args, data_args).to(device)

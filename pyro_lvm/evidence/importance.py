@@ -1,7 +1,6 @@
 """Importance sampling with the guide as proposal, streamed over data and particles."""
 
 import sys
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int
+from pyro_lvm._checks import check_positive_int, warn_caller
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import __version__
 from pyro_lvm.errors import UnreliableEstimateWarning
@@ -151,8 +150,7 @@ class _Job:
         batch = self.source.rows(rows)
         check_data(self.plan, self.model, self.guide, batch, rows.start)
         proposal = Proposal(self.plan, self.guide, batch)
-        num_data = 1 if self.plan.model_layout.plate is None else len(batch)
-        weights = WeightAccumulator(num_data, self.num_particles, batch.args[0].device)
+        weights = WeightAccumulator(self.plan.model_layout.num_data(batch), self.num_particles, batch.args[0].device)
         left = self.num_particles
         while left:
             now = min(self.chunks[1], left)
@@ -238,4 +236,4 @@ def _warn(record: LogMarginal) -> None:
     if bad:
         words = ", ".join(f"{round(share * len(record))} {word}" for word, share in bad.items())
         message = f"of {len(record)} data: {words}. See LogMarginal.status and .khat; {record.verdict}"
-        warnings.warn(message, UnreliableEstimateWarning, stacklevel=3)
+        warn_caller(message, UnreliableEstimateWarning)

@@ -18,6 +18,7 @@ from pyro_lvm.errors import ShapeError
 from pyro_lvm.ops.log_space import log_weight_table
 
 __all__ = [
+    "MIN_TAIL",
     "fit_generalized_pareto",
     "khat_from_tail",
     "khat_threshold",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # Fewer exceedances than these are not fitted, as in ArviZ and loo.
-_MIN_TAIL = 5
+MIN_TAIL = 5
 # Largest number of float64 elements in one temporary of the fit: 32 MiB.
 _MAX_ELEMENTS = 2**22
 # exp of less is subnormal in float64.
@@ -106,9 +107,9 @@ def fit_generalized_pareto(exceedances: torch.Tensor) -> tuple[torch.Tensor, tor
     """
     table = log_weight_table(exceedances, "exceedances").detach()  # (M, N)
     size = len(table)
-    if size < _MIN_TAIL:
+    if size < MIN_TAIL:
         cure = "Use more particles: 25 give a tail of five."
-        raise ShapeError(refuse("exceedances", f"{_MIN_TAIL} rows or more", size, cure))
+        raise ShapeError(refuse("exceedances", f"{MIN_TAIL} rows or more", size, cure))
     grid_size = 30 + math.isqrt(size)
     width = max(1, _MAX_ELEMENTS // (grid_size * size))
     fits = [_fit_columns(part, grid_size) for part in table.split(width, dim=1)]
@@ -138,7 +139,7 @@ def khat_from_tail(log_tail: torch.Tensor, noise: torch.Tensor | float = 0.0) ->
         tensor([nan], dtype=torch.float64)
     """
     table = log_weight_table(log_tail, "log_tail").detach()  # (M+1, N)
-    if len(table) <= _MIN_TAIL:
+    if len(table) <= MIN_TAIL:
         return table.new_full((table.shape[1],), math.nan)
     return _fit_tail(table, noise)[0]
 
@@ -199,7 +200,7 @@ def pareto_smooth(log_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     table = log_weight_table(log_weights).detach()  # (K, N)
     size = tail_size(len(table))
     log_tail, particle = table.topk(size + 1, dim=0)  # (M+1, N)
-    if size < _MIN_TAIL:
+    if size < MIN_TAIL:
         return table.clone(), khat_from_tail(log_tail)
     khat, sigma = _fit_tail(log_tail, 0.0)
     top, cutoff = log_tail[0], log_tail[-1]  # (N,)

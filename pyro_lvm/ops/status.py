@@ -15,7 +15,12 @@ STATUSES = ("exact", "zero_variance", "no_fault_found", "heavy_tail", "unreliabl
 
 
 def classify(
-    value: torch.Tensor, spread: torch.Tensor, noise: torch.Tensor, khat: torch.Tensor, num_particles: int
+    value: torch.Tensor,
+    spread: torch.Tensor,
+    noise: torch.Tensor,
+    khat: torch.Tensor,
+    flat_tail: torch.Tensor,
+    num_particles: int,
 ) -> torch.Tensor:
     r"""Status code of each datum.
 
@@ -25,7 +30,8 @@ def classify(
     - ``no_support``: all log-weights are -inf;
     - ``zero_variance``: K >= 2 and spread <= noise, equal weights up to rounding. Exact only if the guide covers the
       posterior;
-    - ``no_fault_found``: k-hat < min(0.5, t);
+    - ``no_fault_found``: k-hat < min(0.5, t), or a flat tail: weights that are bounded by a value that many of them
+      have, as those of a guide of discrete latents, have all moments, and no k-hat;
     - ``heavy_tail``: 0.5 <= k-hat <= t. The value is usable, its standard error optimistic;
     - ``unreliable``: all else, k-hat = NaN (too few particles, or no tail to fit) included.
 
@@ -34,6 +40,7 @@ def classify(
         spread: Largest less smallest log-weight in nats, ``(N,)``.
         noise: Rounding error of a log-weight in nats, ``(N,)``; not finite means unknown.
         khat: Tail index, ``(N,)``.
+        flat_tail: Whether there are enough particles for a tail and its weights are all equal, ``(N,)``.
         num_particles: Number of particles K.
 
     Returns:
@@ -44,7 +51,7 @@ def classify(
 
     Example:
         >>> value, spread, khat = torch.zeros(2), torch.tensor([3.0, 0.0]), torch.tensor([0.6, torch.nan])
-        >>> status_names(classify(value, spread, torch.zeros(2), khat, num_particles=1000))
+        >>> status_names(classify(value, spread, torch.zeros(2), khat, torch.zeros(2, dtype=bool), num_particles=1000))
         ('heavy_tail', 'zero_variance')
     """
     particles = check_positive_int("num_particles", num_particles)
@@ -52,7 +59,7 @@ def classify(
     code = torch.full_like(value, STATUSES.index("unreliable"), dtype=torch.int64)  # (N,)
     rules = {  # later rules win
         "heavy_tail": (khat >= 0.5) & (khat <= threshold),
-        "no_fault_found": khat < min(0.5, threshold),
+        "no_fault_found": (khat < min(0.5, threshold)) | flat_tail,
         "zero_variance": (spread <= noise) & noise.isfinite() & (particles >= 2),
         "no_support": value.isneginf(),
         "nonfinite": value.isnan() | value.isposinf(),

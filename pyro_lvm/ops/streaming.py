@@ -13,7 +13,7 @@ from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm.errors import ShapeError
 from pyro_lvm.ops.log_space import log_weight_table
 from pyro_lvm.ops.moments import WeightMoments, merge_moments, weight_moments
-from pyro_lvm.ops.pareto import khat_from_tail, tail_size
+from pyro_lvm.ops.pareto import MIN_TAIL, khat_from_tail, tail_size
 from pyro_lvm.ops.status import STATUSES, classify
 
 __all__ = ["WeightAccumulator", "WeightSummary"]
@@ -136,7 +136,9 @@ class WeightAccumulator:
         value = self._moments.log_mean  # (N,)
         spread = self._moments.shift - self._smallest
         khat = khat_from_tail(self._largest, self._noise)
-        status = classify(value, spread, self._noise, khat, seen)
+        tail = self._largest[0] - self._largest[-1]  # (N,) NaN where every weight is zero
+        flat = (tail <= self._noise) & (self._table_size > MIN_TAIL)
+        status = classify(value, spread, self._noise, khat, flat, seen)
         equal = status == STATUSES.index("zero_variance")
         variance = self._moments.relative_variance.masked_fill(equal, 0.0)
         return WeightSummary(

@@ -44,6 +44,11 @@ class Batch:
         pairs = zip(self.args, self.per_datum, strict=True)
         return Batch(tuple(a.repeat(times, *[1] * (a.dim() - 1)) if own else a for a, own in pairs), self.per_datum)
 
+    def has_nan(self) -> bool:
+        """Whether x or a companion has an entry that is not a number."""
+        tensors = [a for a in self.args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        return any(bool(a.isnan().any()) for a in tensors)
+
     def to(self, device: torch.device | str | None) -> "Batch":
         """On another device; ``None`` leaves it where it is."""
         if device is None:

@@ -10,7 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, constraints
+from pyro.distributions import Delta, MaskedDistribution, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
@@ -21,6 +21,7 @@ __all__ = [
     "Trace",
     "Values",
     "base_distribution",
+    "bounds",
     "element_constraint",
     "is_latent",
     "is_observed",
@@ -148,7 +149,7 @@ def run(  # noqa: PLR0913
     names = frozenset(enumerated)
     trace = poutine.trace()
     with ExitStack() as stack:
-        stack.enter_context(poutine.block(hide_types=["sample"]))
+        stack.enter_context(poutine.block(hide_fn=lambda msg: msg["type"] != "param"))
         stack.enter_context(trace)
         stack.enter_context(_Substitute(values or {}))
         if names:
@@ -190,15 +191,31 @@ def support(fn: Any) -> Any:
 
 
 def outside_support(fn: Any, value: torch.Tensor) -> torch.Tensor:
-    """Where ``value`` has density zero under ``fn``; batch shape. A NaN is unknown, not outside."""
+    """Where ``value`` has density zero under ``fn``; batch shape. NaN is unknown, and a mask counts."""
     constraint = support(fn)
     if constraint is None or is_real(constraint):
         return torch.zeros((), dtype=torch.bool, device=value.device)
+    if isinstance(fn, MaskedDistribution):
+        return outside_support(fn.base_dist, value) & torch.as_tensor(fn._mask, device=value.device)
+    if isinstance(fn, torch.distributions.Independent):
+        outside = outside_support(fn.base_dist, value)
+        inner = min(fn.reinterpreted_batch_ndims, outside.dim())
+        return outside.flatten(outside.dim() - inner).any(-1) if inner else outside
     outside = ~constraint.check(value)
     unknown = value.isnan()
     for _ in range(value.dim() - outside.dim()):
         unknown = unknown.any(-1)
     return outside & ~unknown
+
+
+def bounds(constraint: Any) -> tuple[float | torch.Tensor, float | torch.Tensor] | None:
+    """Least and largest value that satisfy a constraint on one element, or None where it is no interval."""
+    constraint = element_constraint(constraint)
+    if isinstance(constraint, type(constraints.boolean)):
+        return 0.0, 1.0
+    if is_real(constraint) or hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound"):
+        return getattr(constraint, "lower_bound", -torch.inf), getattr(constraint, "upper_bound", torch.inf)
+    return None
 
 
 def element_constraint(constraint: Any) -> Any:

@@ -12,7 +12,6 @@ object, and are held weakly. Two rules follow:
 import functools
 import inspect
 import logging
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import pyro
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyro_lvm._checks import warn_caller
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError, UntrainedParameterWarning
 
@@ -73,6 +73,8 @@ class Fitted:
             return self.program(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "program":  # not there yet: an object that is being copied
+            raise AttributeError(name)
         return getattr(self.program, name)
 
     def __repr__(self) -> str:
@@ -184,9 +186,7 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
     untrained += [n for n in new if id(after[n][0]) in created]
     if untrained:
         message = f"parameters {sorted(untrained)} were created during evaluation, with their initial values. "
-        warnings.warn(
-            message + "Train the pair with fit(), or load its parameters first.", UntrainedParameterWarning, 3
-        )
+        warn_caller(message + "Train the pair with fit(), or load its parameters first.", UntrainedParameterWarning)
 
 
 def _check_not_taken(model: Model, guide: Guide | None, here: Params) -> None:

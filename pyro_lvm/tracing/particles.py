@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 
+from pyro_lvm.errors import SiteError
 from pyro_lvm.tracing.batch import Batch
 from pyro_lvm.tracing.intercept import PARTICLES, Site, Trace, is_latent, run, vectorised_frames
 from pyro_lvm.tracing.tables import Table, tabulate
 
-__all__ = ["Draws", "Latent", "Layout", "Mode", "draw_from", "run_program"]
+__all__ = ["Draws", "Latent", "Layout", "Mode", "Runner", "draw_from"]
 
 Mode = Literal["vectorised", "folded", "looped"]
 
@@ -34,6 +35,10 @@ class Layout:
     plate: str | None
     dim: int | None
     nesting: int
+
+    def num_data(self, batch: Batch) -> int:
+        """N, 1 for a joint result."""
+        return 1 if self.plate is None else len(batch)
 
 
 @dataclass(frozen=True)
@@ -66,62 +71,95 @@ class Latent:
 Draws = Mapping[str, Latent]
 
 
-def run_program(  # noqa: PLR0913
-    program: Callable[..., Any],
-    batch: Batch,
-    layout: Layout,
-    mode: Mode,
-    num_particles: int,
-    names: Callable[[Trace], Sequence[str]],
-    draws: Draws | None = None,
-    *,
-    enumerated: Sequence[str] = (),
-    check_support: frozenset[str] = frozenset(),
-    ranks: dict[str, int] | None = None,
-) -> tuple[Table, dict[str, Latent]]:
-    """Run ``program`` for K particles; returns the table of the sites that ``names`` picks, and its latent values.
+@dataclass(frozen=True)
+class Runner:
+    """A program of a pair, to be run for K particles.
 
-    ``draws`` sets latent sites; those not in it are drawn.
+    Attributes:
+        program: the model or the guide.
+        layout: where its data are.
+        names: picks the sites of a trace whose densities count.
+        enumerated: discrete latents to sum out.
+        check_support: latents that may be handed values from outside of their support.
     """
-    draws = draws or {}
-    num_data = 1 if layout.plate is None else len(batch)
 
-    def table(trace: Trace, rows: int, batch_dims: int) -> Table:
-        return tabulate(trace, names(trace), layout.plate, rows, batch_dims=batch_dims, check_support=check_support)
+    program: Callable[..., Any]
+    layout: Layout
+    names: Callable[[Trace], Sequence[str]]
+    enumerated: tuple[str, ...] = ()
+    check_support: frozenset[str] = frozenset()
 
-    if mode == "vectorised":
-        values = {n: d.value for n, d in draws.items()}
+    def run(
+        self,
+        batch: Batch,
+        mode: Mode,
+        num_particles: int,
+        draws: Draws | None = None,
+        ranks: dict[str, int] | None = None,
+    ) -> tuple[Table, dict[str, Latent]]:
+        """The table ``(K, N)`` of the program, and its latent values.
+
+        ``draws`` sets latents, others are drawn; ``ranks`` is filled in vectorised mode, see `intercept.run`.
+        """
+        draws = draws or {}
+        if mode == "vectorised":
+            return self._vectorised(batch, num_particles, draws, ranks)
+        return (
+            self._folded(batch, num_particles, draws) if mode == "folded" else self._looped(batch, num_particles, draws)
+        )
+
+    def _vectorised(
+        self, batch: Batch, num_particles: int, draws: Draws, ranks: dict[str, int] | None
+    ) -> tuple[Table, dict[str, Latent]]:
         trace = run(
-            program,
+            self.program,
             batch.args,
-            values=values,
+            values={n: d.value for n, d in draws.items()},
             num_particles=num_particles,
-            nesting=layout.nesting,
-            enumerated=enumerated,
+            nesting=self.layout.nesting,
+            enumerated=self.enumerated,
             ranks=ranks,
         )
-        latents = _latents(trace, lambda value, rank: value)
-        return table(trace, num_data, layout.nesting + 1), latents
+        table = self._table(trace, self.layout.num_data(batch), self.layout.nesting + 1)
+        return table, _latents(trace, lambda value, rank: value)
 
-    if mode == "folded":
-        values = {n: d.folded(layout) for n, d in draws.items()}
-        repeated = batch.repeat(num_particles)
-        trace = run(program, repeated.args, values=values, nesting=layout.nesting, enumerated=enumerated)
-        rows = table(trace, num_particles * num_data, layout.nesting)
-        folded = Table(
-            rows.total.reshape(num_particles, num_data), rows.magnitude.reshape(num_particles, num_data).amax(0)
+    def _folded(self, batch: Batch, num_particles: int, draws: Draws) -> tuple[Table, dict[str, Latent]]:
+        values = {n: d.folded(self.layout) for n, d in draws.items()}
+        trace = self._plain(batch.repeat(num_particles), values)
+        rows = self._table(trace, num_particles * len(batch), self.layout.nesting)
+        shape = (num_particles, len(batch))
+        table = Table(rows.total.reshape(shape), rows.magnitude.reshape(shape).amax(0))
+        return table, _latents(trace, lambda value, rank: _unfold(value, rank, self.layout, num_particles))
+
+    def _looped(self, batch: Batch, num_particles: int, draws: Draws) -> tuple[Table, dict[str, Latent]]:
+        tables, latents = [], []
+        for k in range(num_particles):
+            trace = self._plain(batch, {n: d.single(k, self.layout) for n, d in draws.items()})
+            tables.append(self._table(trace, self.layout.num_data(batch), self.layout.nesting))
+            latents.append(_latents(trace, lambda value, rank: _pad(value, rank, self.layout)[None]))
+        if any(each.keys() != latents[0].keys() for each in latents):
+            differing = {n for each in latents for n in each if not all(n in other for other in latents)}
+            raise SiteError(
+                f"sites {sorted(differing)}: expected the same latent sites for every particle, got some that only "
+                "some particles have. Give each path a model of its own, or mask the site where it is not used."
+            )
+        stacked = {n: Latent(torch.cat([each[n].value for each in latents]), d.rank) for n, d in latents[0].items()}
+        total, magnitude = torch.cat([t.total for t in tables]), torch.stack([t.magnitude for t in tables])
+        return Table(total, magnitude.amax(0)), stacked
+
+    def _plain(self, batch: Batch, values: Mapping[str, torch.Tensor]) -> Trace:
+        """One run without a particle plate."""
+        return run(self.program, batch.args, values=values, nesting=self.layout.nesting, enumerated=self.enumerated)
+
+    def _table(self, trace: Trace, rows: int, batch_dims: int) -> Table:
+        return tabulate(
+            trace,
+            self.names(trace),
+            self.layout.plate,
+            rows,
+            batch_dims=batch_dims,
+            check_support=self.check_support,
         )
-        return folded, _latents(trace, lambda value, rank: _unfold(value, rank, layout, num_particles))
-
-    tables, latents_of = [], []
-    for k in range(num_particles):
-        values = {n: d.single(k, layout) for n, d in draws.items()}
-        trace = run(program, batch.args, values=values, nesting=layout.nesting, enumerated=enumerated)
-        tables.append(table(trace, num_data, layout.nesting))
-        latents_of.append(_latents(trace, lambda value, rank: _pad(value, rank, layout)[None]))
-    stacked = {n: Latent(torch.cat([ls[n].value for ls in latents_of]), d.rank) for n, d in latents_of[0].items()}
-    total = torch.cat([t.total for t in tables])
-    return Table(total, torch.stack([t.magnitude for t in tables]).amax(0)), stacked
 
 
 def _latents(trace: Trace, canonical: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Latent]:
@@ -149,7 +187,7 @@ def _unfold(value: torch.Tensor, rank: int, layout: Layout, num_particles: int) 
     return _pad(value, rank, layout).unflatten(data, (num_particles, -1)).movedim(data, 0)
 
 
-def draw_from(trace: Trace, num_particles: int, layout: Layout, num_data: int) -> tuple[Table, dict[str, Latent]]:
+def draw_from(trace: Trace, num_particles: int, layout: Layout, batch: Batch) -> tuple[Table, dict[str, Latent]]:
     """Draw K particles from the distributions of one guide run, whose sites do not depend on one another."""
     drawn: Trace = {}
     for name, site in trace.items():
@@ -164,5 +202,5 @@ def draw_from(trace: Trace, num_particles: int, layout: Layout, num_data: int) -
         stack = (frame, *site["cond_indep_stack"])
         drawn[name] = {**site, "fn": many, "value": many(), "cond_indep_stack": stack}
     latents = _latents(drawn, lambda value, rank: value)
-    table = tabulate(drawn, list(drawn), layout.plate, num_data, batch_dims=layout.nesting + 1)
+    table = tabulate(drawn, list(drawn), layout.plate, layout.num_data(batch), batch_dims=layout.nesting + 1)
     return table, latents

@@ -27,7 +27,7 @@ def site_table(*traces: Trace) -> str:
         for name, site in trace.items():
             if is_latent(site) or is_observed(site):
                 kind = "latent" if is_latent(site) else "observed"
-                plates = ", ".join(f"{f.name} (size {f.size})" for f in reversed(site["cond_indep_stack"]))
+                plates = ", ".join(f"{f.name} (size {f.size})" for f in site["cond_indep_stack"])
                 lines.append(f"  {program} {kind} {name!r}: {'plates ' + plates if plates else 'no plate'}")
     return "\n" + "\n".join(lines)
 
@@ -63,7 +63,7 @@ def find_plate(runs: Sequence[tuple[Trace, int]], requested: str) -> str:
 
 def common_plates(sites: Iterable[Any]) -> list[str]:
     """Plates around all of ``sites``, outermost first."""
-    stacks = [[f.name for f in reversed(site["cond_indep_stack"])] for site in sites]
+    stacks = [[f.name for f in site["cond_indep_stack"]] for site in sites]
     return [n for n in stacks[0] if all(n in stack for stack in stacks)] if stacks else []
 
 
@@ -106,7 +106,8 @@ def check_enclosed(plate: str, trace: Trace, program: str, names: Iterable[str])
     """Every site of ``names`` lies in the data plate, else no per-datum result exists."""
     for name in names:
         if all(f.name != plate for f in trace[name]["cond_indep_stack"]):
-            joint = " AutoNormal has one site per latent, inside their plates." if name.startswith("_Auto") else ""
+            auxiliary = trace[name]["infer"].get("is_auxiliary")  # as AutoGuides with one joint site have
+            joint = " AutoNormal has one site per latent, inside their plates." if auxiliary else ""
             raise PlateError(
                 f"{program} site {name!r}: expected it inside the data plate {plate!r}, got it outside: it belongs to "
                 f"all data at once, so a result per datum does not exist. {_CURE}{joint}"

@@ -1,7 +1,9 @@
 """How the sites of a guide fit those of its model, and what is refused."""
 
 import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.distributions import Delta, Unit
@@ -11,16 +13,27 @@ from pyro_lvm.tracing.intercept import (
     Site,
     Trace,
     base_distribution,
+    bounds,
     element_constraint,
     is_latent,
     is_observed,
     is_real,
     is_unobserved,
     outside_support,
+    run,
     support,
 )
 
-__all__ = ["MAX_SUPPORT", "Match", "guide_sites", "has_bounded_data", "match_sites", "outside_data"]
+__all__ = [
+    "MAX_SUPPORT",
+    "Match",
+    "check_determined",
+    "guide_sites",
+    "has_bounded_data",
+    "is_delta",
+    "match_sites",
+    "outside_data",
+]
 
 #: Largest number of joint values of the latent sites that are enumerated because the guide lacks them.
 MAX_SUPPORT = 4096
@@ -33,7 +46,7 @@ class Match:
     Attributes:
         sampled: model latents that the guide samples.
         enumerated: discrete model latents that the guide lacks.
-        free: sites whose density cancels: the unobserved half of an ``obs_mask``, and ``Delta`` latents of the model.
+        free: sites whose density cancels, for the model itself draws them: the unobserved half of an ``obs_mask``.
         check_support: sampled latents whose guide can leave the support of the model.
         cardinality: joint number of values of the enumerated sites.
     """
@@ -45,12 +58,18 @@ class Match:
     cardinality: int
 
     def model_sites(self, trace: Trace) -> list[str]:
-        """Sites of a model trace whose density counts."""
-        return [n for n, s in trace.items() if (is_latent(s) or is_observed(s)) and not self.is_free(n, s)]
+        """Sites of a model trace whose density counts; a ``Delta`` that only the model has counts with its own."""
+        return [n for n, s in trace.items() if (is_latent(s) or is_observed(s)) and n not in self.free]
 
-    def is_free(self, name: str, site: Site) -> bool:
-        """Whether a site is drawn from the model with its density left out."""
-        return name in self.free or (is_latent(site) and _is_free(name, site) and name not in self.sampled)
+
+def is_delta(site: Site) -> bool:
+    """A site whose value is determined by what came before."""
+    return isinstance(base_distribution(site["fn"]), Delta)
+
+
+def has_log_density(site: Site) -> bool:
+    """A `Delta` whose draw was made elsewhere, and which carries the log-density of that draw."""
+    return bool((base_distribution(site["fn"]).log_density != 0).any())
 
 
 def guide_sites(trace: Trace) -> list[str]:
@@ -68,8 +87,9 @@ def match_sites(model: Trace, guide: Trace) -> Match:
     latents = {n: s for n, s in model.items() if is_latent(s)}
     proposals = {n: s for n, s in guide.items() if is_latent(s)}
     _check_guide_sites(model, latents, guide, proposals)
-    free = tuple(n for n, s in latents.items() if n not in proposals and _is_free(n, s))
-    missing = [n for n in latents if n not in proposals and n not in free]
+    lacking = {n: s for n, s in latents.items() if n not in proposals}
+    free = tuple(n for n in lacking if is_unobserved(n))
+    missing = [n for n, s in lacking.items() if n not in free and not is_delta(s)]
     cardinality = 1
     for name in missing:
         cardinality *= _cardinality(name, latents[name], list(proposals))
@@ -81,10 +101,6 @@ def match_sites(model: Trace, guide: Trace) -> Match:
     sampled = tuple(n for n in latents if n in proposals)
     unlike = {n for n in sampled if not _covers(n, latents[n]["fn"], proposals[n]["fn"])}
     return Match(sampled, tuple(missing), free, frozenset(unlike), cardinality)
-
-
-def _is_free(name: str, site: Site) -> bool:
-    return is_unobserved(name) or isinstance(base_distribution(site["fn"]), Delta)
 
 
 def _suggest(name: str, names: list[str]) -> str:
@@ -121,26 +137,20 @@ def _check_guide_sites(model: Trace, latents: dict[str, Site], guide: Trace, pro
             f"guide site {name!r}: expected latent sites of the model {list(latents)}, got a site that the model lacks."
             f"{_suggest(name, without)} Rename or remove it."
         )
-    deltas = [n for n in proposals if isinstance(base_distribution(proposals[n]["fn"]), Delta)]
-    if auxiliary:
-        _check_auxiliary(auxiliary, deltas, guide)
-    elif deltas:
-        raise SupportError(
-            f"guide site {deltas[0]!r}: expected a density, got a point mass (Delta), which covers none of the prior's "
-            "support. Use a guide with spread, e.g. AutoNormal."
-        )
+    _check_auxiliary(auxiliary, proposals)
 
 
-def _check_auxiliary(auxiliary: list[str], deltas: list[str], guide: Trace) -> None:
-    """Auxiliary draws are a change of variables of the latents they feed, or the weight is not a weight."""
-    points = [n for n in auxiliary if n in deltas]
+def _check_auxiliary(auxiliary: list[str], proposals: dict[str, Site]) -> None:
+    """Auxiliary draws are a change of variables of the latents that they feed, or the weight is not a weight."""
+    deltas = [n for n, s in proposals.items() if is_delta(s)]
+    points = [n for n in deltas if n in auxiliary or not (auxiliary or has_log_density(proposals[n]))]
     if points:
         raise SupportError(
             f"guide site {points[0]!r}: expected a density, got a point mass (Delta), which covers none of the prior's "
             "support. Use a guide with spread, e.g. AutoNormal."
         )
-    sizes = [sum(guide[n]["value"].numel() for n in names) for names in (auxiliary, deltas)]
-    if sizes[0] > sizes[1] or not deltas:
+    sizes = [sum(proposals[n]["value"].numel() for n in names) for names in (auxiliary, deltas)]
+    if sizes[0] > sizes[1] or (auxiliary and not deltas):
         raise SiteError(
             f"guide sites {auxiliary} are auxiliary: expected that each determines a latent site as a `Delta` with a "
             f"`log_density`, got {sizes[0]} auxiliary elements for {sizes[1]} determined ones. Without a density of "
@@ -148,29 +158,93 @@ def _check_auxiliary(auxiliary: list[str], deltas: list[str], guide: Trace) -> N
         )
 
 
-def _covers(name: str, prior: torch.distributions.Distribution, proposal: torch.distributions.Distribution) -> bool:
+def check_determined(guide: Callable[..., Any], args: Sequence[Any], trace: Trace) -> set[str]:
+    """Each `Delta` of a guide is a change of variables of its auxiliary draws, and nothing else depends on these.
+
+    Returns:
+        `Delta` sites whose noise no site of the guide draws: they carry draw and log-density from elsewhere.
+
+    Raises:
+        SupportError: a `Delta` without a log-density that no draw moves is a point mass.
+        SiteError: an auxiliary draw moves no `Delta`, or a site that is not one, or one that ignores the Jacobian.
+    """
+    auxiliary = {n: s["value"] for n, s in trace.items() if is_latent(s) and s["infer"].get("is_auxiliary")}
+    deltas = {n for n, s in trace.items() if is_latent(s) and is_delta(s)}
+    if not auxiliary:
+        return deltas
+    with torch.enable_grad():
+        leaves = {n: v.detach().clone().requires_grad_(v.is_floating_point()) for n, v in auxiliary.items()}
+        rerun = run(guide, args, values=leaves)
+        moved_by = {n: _moved_by(rerun[n], leaves) for n, s in rerun.items() if is_latent(s) and n not in leaves}
+    for name, by in moved_by.items():
+        if name in deltas and not by and not has_log_density(rerun[name]):
+            raise SupportError(
+                f"guide site {name!r}: expected a density, got a point mass (Delta) that no auxiliary draw moves. "
+                "Use a guide with spread, e.g. AutoNormal."
+            )
+        if by and name not in deltas:
+            raise SiteError(
+                f"guide site {name!r}: expected a `Delta` with a `log_density`, for it depends on the auxiliary draw "
+                f"{sorted(by)}, got {type(rerun[name]['fn']).__name__}. Without a density of that draw given z the "
+                "weight p(x, z)/q(z) is not defined."
+            )
+    idle = set(leaves).difference(*moved_by.values())
+    if idle:
+        raise SiteError(f"guide sites {sorted(idle)} are auxiliary: expected that each moves a `Delta`, got none.")
+    return {n for n in deltas if not moved_by[n]}
+
+
+def _moved_by(site: Site, leaves: dict[str, torch.Tensor]) -> set[str]:
+    """The auxiliary draws that a site depends on."""
+    delta = is_delta(site)
+    output = site["value"] if delta else site["fn"].log_prob(site["value"].detach())
+    inputs = {n: leaf for n, leaf in leaves.items() if leaf.requires_grad}
+    if not (output.requires_grad and inputs):
+        return set()
+    # Unequal weights, for the elements of a simplex have a constant sum.
+    weights = torch.linspace(1.0, 2.0, output.numel(), dtype=output.dtype, device=output.device).reshape(output.shape)
+    slopes = _slopes((output * weights).sum(), inputs)
+    moved = {n for n, slope in slopes.items() if bool((slope != 0).any())}
+    if delta and moved and not has_log_density(site):
+        units = [s[s != 0] for s in _slopes(output.sum(), inputs).values()]
+        if not all(torch.allclose(s.abs(), torch.ones_like(s), atol=1e-4) for s in units):
+            raise SiteError(
+                f"guide site {site['name']!r}: expected a `Delta` with the `log_density` of its change of variables, "
+                f"minus log |dz/da|, got none. Pass `log_density=`, or make {site['name']!r} itself the sampled site."
+            )
+    return moved
+
+
+def _slopes(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = torch.autograd.grad(output, list(inputs.values()), allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(inputs.items(), found, strict=True)}
+
+
+def _covers(name: str, prior: Any, proposal: Any) -> bool:
     """Whether the guide's draws stay in the prior's support; raises where the guide leaves part of it out."""
     theirs, ours = support(prior), support(proposal)
     if ours is None or theirs is None:
         return theirs is None or is_real(theirs)
-    kinds = [element_constraint(c) for c in (theirs, ours)]
-    bounds = [(getattr(c, "lower_bound", None), getattr(c, "upper_bound", None)) for c in kinds]
+    outer, inner = bounds(theirs), bounds(ours)
     draws = prior.sample(torch.Size([64]))
-    if not is_real(ours) and (_tighter(*bounds) or bool(outside_support(proposal, draws).any())):
+    if _cuts(outer, inner) or bool(outside_support(proposal, draws).any()):
         raise SupportError(
             f"guide site {name!r}: expected a support that covers the prior's, {theirs}, got {ours}. Whatever the "
             "guide cannot propose is missing from log p(x): use a family with the prior's support."
         )
-    return is_real(theirs) or (type(kinds[0]) is type(kinds[1]) and not _tighter(*reversed(bounds)))
+    alike = type(element_constraint(theirs)) is type(element_constraint(ours))
+    return is_real(theirs) or (alike and not _cuts(inner, outer))
 
 
-def _tighter(outer: tuple[object, object], inner: tuple[object, object]) -> bool:
-    """Whether a bound of ``inner`` cuts into ``outer``."""
+Bounds = tuple[float | torch.Tensor, float | torch.Tensor] | None
 
-    def less(a: object, b: object) -> bool:
-        return a is not None and b is not None and bool((torch.as_tensor(a) < torch.as_tensor(b)).any())
 
-    return less(outer[0], inner[0]) or less(inner[1], outer[1])
+def _cuts(outer: Bounds, inner: Bounds) -> bool:
+    """Whether an interval ``inner`` lacks part of ``outer``; False where one of them is no interval."""
+    if outer is None or inner is None:
+        return False
+    low, high = (torch.as_tensor(outer[i]) for i in (0, 1))
+    return bool((torch.as_tensor(inner[0]) > low).any() or (torch.as_tensor(inner[1]) < high).any())
 
 
 def has_bounded_data(trace: Trace) -> bool:

@@ -15,7 +15,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro_lvm.errors import SiteError
 from pyro_lvm.tracing.intercept import PARTICLES, Site, Trace, site_log_prob, vectorised_frames
 
-__all__ = ["Table", "tabulate"]
+__all__ = ["Table", "agree", "tabulate"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _eliminate(factors: list[tuple[Site, torch.Tensor]], plate: str | None, batc
     for site, log_prob in factors:
         plates = {frame.dim: symbols[frame.name] for frame in vectorised_frames(site)}
         left = range(-log_prob.dim(), -batch_dims)
-        kept = plates | {dim: symbols[dim] for dim in left if log_prob.shape[dim] != 1}
+        identity = site["infer"].get("_dim_to_id", {})  # a Markov chain uses a dimension for one variable after another
+        kept = plates | {dim: symbols[identity.get(dim, dim)] for dim in left if log_prob.shape[dim] != 1}
         term = log_prob.squeeze([dim for dim in range(-log_prob.dim(), 0) if dim not in kept])
         term._pyro_dims = "".join(kept[dim] for dim in sorted(kept))  # type: ignore[attr-defined]
         tree.setdefault(frozenset(plates.values()), []).append(term)
@@ -136,3 +137,14 @@ def _eliminate(factors: list[tuple[Site, torch.Tensor]], plate: str | None, batc
     if PARTICLES not in names:
         result = result.unsqueeze(0)
     return result if plate in names else result.unsqueeze(-1)
+
+
+def agree(expected: Table, got: Table) -> bool:
+    """Whether two tables are equal up to rounding."""
+    if got.total.shape not in (expected.total.shape, (1, *expected.total.shape[1:])):
+        return False
+    eps = torch.finfo(got.total.dtype).eps
+    allowed = 256 * eps * torch.maximum(expected.magnitude, got.magnitude).clamp(min=1.0)
+    same = (expected.total - got.total).abs() <= allowed
+    same |= (expected.total == got.total) | (expected.total.isnan() & got.total.isnan())
+    return bool(same.all())

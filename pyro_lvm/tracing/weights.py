@@ -13,7 +13,7 @@ from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
 from pyro_lvm.tracing.intercept import is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
-from pyro_lvm.tracing.particles import draw_from, run_program
+from pyro_lvm.tracing.particles import Draws, Runner, draw_from
 from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
 from pyro_lvm.tracing.sites import guide_sites, outside_data
 from pyro_lvm.tracing.tables import Table
@@ -26,16 +26,14 @@ class Proposal:
 
     def __init__(self, plan: Plan, guide: Guide, batch: Batch) -> None:
         self.plan, self.guide, self.batch = plan, guide, batch
-        self.trace = run(guide, batch.args) if plan.guide_mode == "once" else None
+        self.trace = run(guide, batch.args) if plan.guide_mode == "once" else {}
 
-    def draw(self, num_particles: int) -> tuple[Table, Any]:
+    def draw(self, num_particles: int) -> tuple[Table, Draws]:
         """log q(z | x), ``(K, N)``, and the draws z."""
-        layout = self.plan.guide_layout
-        num_data = 1 if layout.plate is None else len(self.batch)
-        if self.trace is not None:
-            return draw_from(self.trace, num_particles, layout, num_data)
-        assert self.plan.guide_mode != "once"
-        return run_program(self.guide, self.batch, layout, self.plan.guide_mode, num_particles, guide_sites)
+        layout, mode = self.plan.guide_layout, self.plan.guide_mode
+        if mode == "once":
+            return draw_from(self.trace, num_particles, layout, self.batch)
+        return Runner(self.guide, layout, guide_sites).run(self.batch, mode, num_particles)
 
 
 def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: int) -> Table:
@@ -44,18 +42,7 @@ def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: in
     Masks count, scales (subsampling, annealing) do not. Enumerated sites are summed out.
     """
     log_q, draws = proposal.draw(num_particles)
-    match = plan.match
-    log_joint, _ = run_program(
-        model,
-        proposal.batch,
-        plan.model_layout,
-        plan.model_mode,
-        num_particles,
-        match.model_sites,
-        {n: d for n, d in draws.items() if n in match.sampled},
-        enumerated=match.enumerated,
-        check_support=match.check_support,
-    )
+    log_joint, _ = plan.model_runner(model).run(proposal.batch, plan.model_mode, num_particles, draws)
     weights = log_joint - log_q
     return Table(weights.total.expand(num_particles, -1), weights.magnitude)
 

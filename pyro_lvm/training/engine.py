@@ -18,7 +18,7 @@ from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError
 from pyro_lvm.tracing.isolation import eval_mode, validation
 from pyro_lvm.tracing.params import anchor, current_params
-from pyro_lvm.tracing.probe import parameter_names
+from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.objective import Args, Objective, make_objective
 from pyro_lvm.training.optimizers import GuardedOptimizer, MakeOptimizer, clear_gradients, refused_as_nonfinite

@@ -12,7 +12,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch.distributions import transform_to
 
-from pyro_lvm._checks import check_positive_int, refuse
+from pyro_lvm._checks import check_positive_int, refuse, warn_caller
 from pyro_lvm._typing import Data, Guide, Model
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.tracing.isolation import forked_rng
@@ -139,11 +139,10 @@ def _report(result: FitResult) -> None:
     """Say once what happened to steps that were not finite."""
     skipped = f"{result.skipped} of {result.num_steps} steps had a loss or a gradient that was not finite"
     if result.stop_reason == "nonfinite":
-        warnings.warn(
+        warn_caller(
             f"training stopped: {skipped}. The parameters are those of the last finite step. Lower the learning rate, "
             "clip gradients (e.g. pyro.optim.ClippedAdam), or look for NaN and values off their support in the data.",
             RuntimeWarning,
-            stacklevel=3,
         )
     elif result.skipped:
         logger.warning("%s and were skipped", skipped)

@@ -27,7 +27,7 @@ from pyro_lvm.tracing.intercept import (
 )
 from pyro_lvm.tracing.isolation import eval_mode
 from pyro_lvm.tracing.plates import nesting
-from pyro_lvm.tracing.probe import batch_plate
+from pyro_lvm.tracing.questions import batch_plate
 
 __all__ = ["Objective", "make_objective"]
 

@@ -130,9 +130,18 @@ def test_bad_data_have_their_own_status_and_spoil_nothing():
     assert summary.khat[7].item() == INF
 
 
-def classify(khat, num_particles, value=0.0, spread=1.0, noise=0.0):
-    numbers = (torch.tensor([number], dtype=torch.float64) for number in (value, spread, noise, khat))
-    return ops.status_names(ops.classify(*numbers, num_particles=num_particles))[0]
+def classify(khat, num_particles, value=0.0, spread=1.0, noise=0.0, flat_tail=False):
+    numbers = [torch.tensor([number], dtype=torch.float64) for number in (value, spread, noise, khat)]
+    return ops.status_names(ops.classify(*numbers, torch.tensor([flat_tail]), num_particles=num_particles))[0]
+
+
+def test_bounded_weights_with_a_flat_tail_are_no_fault():
+    # Weights 1 and 2, half each: 500 of 1,000 are at the bound, more than the 94 of the tail.
+    accumulator = ops.WeightAccumulator(num_data=1, num_particles=1000)
+    accumulator.update(torch.tensor([1.0, 2.0]).double().log().repeat(500)[:, None], torch.ones(1))
+    summary = accumulator.summary()
+    assert ops.status_names(summary.status) == ("no_fault_found",)
+    assert summary.khat.isnan().all()
 
 
 @pytest.mark.parametrize(

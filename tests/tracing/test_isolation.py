@@ -15,7 +15,7 @@ from torch import nn
 from pyro_lvm.evidence import importance
 from pyro_lvm.tracing import log_weights
 from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
-from tests.references import ENUMERATED, ORACLES, SIGMA, Pair, data, normal_guide, normal_model, posterior
+from tests.references import ENUMERATED, ORACLES, Pair, data, normal_guide, normal_model, posterior
 
 Program = Callable[..., Any]
 evaluators = pytest.mark.parametrize("evaluate", [log_weights, importance])
@@ -227,12 +227,6 @@ def test_handlers_outside_do_not_see_the_evaluation() -> None:
     with pyro.poutine.trace() as trace, pyro.poutine.scale(scale=5.0), pyro.poutine.mask(mask=False):
         table = log_weights(normal_model, normal_guide, data(3), num_particles=2)
     assert not trace.trace.nodes
-    torch.testing.assert_close(table[0], posterior(data(3)[:, None])[2], atol=1e-10, rtol=0)
-
-
-def test_an_evaluation_inside_a_plate_of_the_caller() -> None:
-    with pyro.plate("mine", 5):
-        table = log_weights(normal_model, normal_guide, data(3), num_particles=2)
     torch.testing.assert_close(table[0], posterior(data(3)[:, None])[2], atol=1e-10, rtol=0)
 
 

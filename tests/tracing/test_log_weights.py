@@ -159,7 +159,9 @@ def test_gradient_is_that_of_autograd_by_hand(vectorize: Any) -> None:
     z = (draws[-1] if vectorize else torch.stack(draws[-6:])).detach()
     noise = ((z - loc) / scale).detach()
     z = loc + scale * noise
-    by_hand = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, SIGMA).log_prob(x) - dist.Normal(loc, scale).log_prob(z)
+    by_hand = (
+        dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, SIGMA).log_prob(x) - dist.Normal(loc, scale).log_prob(z)
+    )
     expected = torch.autograd.grad(by_hand.mean(0).sum(), leaves)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 

@@ -1,8 +1,10 @@
 """Which values a pair trains, and which it is evaluated with."""
 
+import copy
 import functools
 import gc
 import logging
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from pyro_lvm.errors import ParameterError, UntrainedParameterWarning
 from pyro_lvm.evidence import importance
 from pyro_lvm.tracing import log_weights
 from pyro_lvm.tracing.params import Fitted, current_params, evaluation_store, training_store
-from pyro_lvm.tracing.probe import parameter_names
+from pyro_lvm.tracing.questions import parameter_names
 from tests.references import ORACLES, SIGMA, data, normal_guide, normal_model
 
 Program = Callable[..., Any]
@@ -38,9 +40,7 @@ def make_model(name: str = "mean") -> Program:
 def make_guide(name: str = "loc") -> Program:
     def guide(x: torch.Tensor) -> None:
         loc = pyro.param(name, torch.tensor(0.0, dtype=torch.float64))
-        scale = pyro.param(
-            "scale", torch.tensor(1.0, dtype=torch.float64), constraint=dist.constraints.positive
-        )
+        scale = pyro.param("scale", torch.tensor(1.0, dtype=torch.float64), constraint=dist.constraints.positive)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, scale))
 
@@ -55,11 +55,13 @@ def training(model: Program, guide: Program) -> Iterator[dict[str, Any]]:
         yield result
 
 
-def train(model: Program, guide: Program, **values: float) -> Any:
+def train(model: Program, guide: Program, interrupt: bool = False, **values: float) -> Any:
     """Give parameters these values, as an optimizer would: in place."""
     with training(model, guide) as result, torch.no_grad():
         for name, value in values.items():
             pyro.get_param_store().get_state()["params"][name].fill_(value)
+        if interrupt:
+            raise KeyboardInterrupt
     return result["params"]
 
 
@@ -128,9 +130,8 @@ def test_training_under_a_second_guide_leaves_the_first_pair_as_it_was() -> None
 def test_interrupted_training_keeps_what_was_learned() -> None:
     pairs = [(make_model(), make_guide()) for _ in "ab"]
     for value, pair in enumerate(pairs, 1):
-        with pytest.raises(KeyboardInterrupt), training(*pair), torch.no_grad():
-            pyro.get_param_store().get_state()["params"]["mean"].fill_(value)
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            train(*pair, mean=value, interrupt=True)
     assert [seen(*pair)["mean"] for pair in pairs] == [1.0, 2.0]
 
 
@@ -191,9 +192,9 @@ def test_modules_of_one_name_do_not_train_over_each_other() -> None:
             for tensor, _ in current_params().values():
                 tensor.data.fill_(value)
     for pair, value in ((first, 1.0), (second, 2.0)):
-        assert {float(p) for p in pair.guide.__self__.parameters()} == {value}
+        assert {p.item() for p in pair.guide.__self__.parameters()} == {value}
         with evaluation_store(pair.model, pair.guide):
-            assert {float(t) for t, _ in current_params().values()} == {value}
+            assert {t.item() for t, _ in current_params().values()} == {value}
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_fitted_callables_carry_their_values() -> None:
     for (model, guide), mean in zip(fitted, (1.0, -1.0), strict=True):
         assert seen(model, guide)["mean"] == mean
         before = pyro.poutine.trace(model).get_trace(X)
-        assert float(before.nodes["mean"]["value"]) == mean
+        assert before.nodes["mean"]["value"].item() == mean
     assert store() == {}
 
 
@@ -292,6 +293,12 @@ def test_fitted_forwards_the_attributes_of_its_callable() -> None:
     fitted = Fitted(encoder, {})
     assert fitted.linear is encoder.linear
     assert "Fitted" in repr(fitted)
+
+
+def test_fitted_callables_can_be_copied_and_pickled() -> None:
+    fitted = Fitted(normal_guide, {"loc": (torch.tensor(1.0), dist.constraints.real)})
+    for other in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):  # noqa: S301
+        assert other.params["loc"][0].item() == 1.0
 
 
 def test_parameters_on_both_sides_under_one_name_are_one() -> None:

@@ -1,6 +1,7 @@
 """Which plate holds the data, what is refused, and how programs that were not written for particles are run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -12,6 +13,10 @@ from torch import nn
 from pyro_lvm.errors import PlateError, ShapeError, SiteError
 from pyro_lvm.evidence import importance
 from pyro_lvm.tracing import log_weights
+from pyro_lvm.tracing.batch import make_batch
+from pyro_lvm.tracing.isolation import validation
+from pyro_lvm.tracing.probe import probe_pair
+from pyro_lvm.tracing.weights import Proposal, weight_table
 from tests.references import ORACLES, SIGMA, Pair, data, normal_guide, normal_model, plain, posterior
 
 Program = Callable[..., Any]
@@ -437,3 +442,27 @@ def test_coupled_data_have_a_joint_result() -> None:
 def test_data_args_that_have_no_rows(data_args: tuple[int, ...], args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         log_weights(normal_model, normal_guide, data(3), *args, data_args=data_args)
+
+
+# --- the three ways of running particles ------------------------------------------------------------------------------
+
+RUNS: list[tuple[Any, Any]] = [
+    ("folded", "folded"),
+    ("folded", "looped"),
+    ("looped", "folded"),
+    ("vectorised", "looped"),
+]
+FOLDABLE = {name: oracle for name, oracle in ORACLES.items() if name not in ("sequential_data", "conditioned_whole")}
+
+
+@pytest.mark.parametrize("oracle", FOLDABLE.values(), ids=FOLDABLE)
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_all_ways_of_running_particles_agree(oracle: Callable[[int], Pair], run: tuple[Any, Any]) -> None:
+    """Forced on pairs that would not need them: plates on either side of the data, masks, two latents."""
+    pair = oracle(4)
+    batch = make_batch(pair.x, pair.args, pair.options.get("data_args", "auto"))
+    guide_mode, model_mode = run
+    plan = replace(probe_pair(pair.model, pair.guide, batch), guide_mode=guide_mode, model_mode=model_mode)
+    with torch.no_grad(), validation(False):
+        table = weight_table(plan, pair.model, Proposal(plan, pair.guide, batch), 3).total
+    torch.testing.assert_close(table, pair.log_px.expand(3, -1), atol=1e-10, rtol=0)

@@ -1,0 +1,81 @@
+"""What training and comparison ask of a pair, each answered by one small run."""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from pyro_lvm._typing import Guide, Model
+from pyro_lvm.tracing.batch import Batch, Rows, make_batch
+from pyro_lvm.tracing.intercept import is_latent, is_observed, run
+from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
+from pyro_lvm.tracing.params import evaluation_store, module_parameters
+from pyro_lvm.tracing.plates import common_plates, find_plate, nesting
+from pyro_lvm.tracing.probe import PROBE_ROWS, empty_guide, run_pair
+from pyro_lvm.tracing.tables import agree, tabulate
+
+__all__ = ["batch_plate", "count_parameters", "parameter_names", "same_model"]
+
+
+def parameter_names(model: Model, guide: Guide, *args: Any) -> tuple[set[str], set[str]]:
+    """Names of the parameters that the model and the guide use, from one run of each."""
+    with torch.no_grad():
+        pair = run_pair(model, guide, Batch(args, (True,) * len(args)))
+    model_names, guide_names = (
+        {n for n, s in trace.items() if s["type"] == "param"} for trace in (pair.model, pair.guide)
+    )
+    return model_names, guide_names
+
+
+def batch_plate(model: Model, guide: Guide, *args: Any) -> str | None:
+    """The data plate, where the sites of a mini-batch must be scaled up because a latent lies outside of it.
+
+    None if all latents are inside (a constant factor does not move the optimum), or if the plate, made with the size of
+    the whole data set, scales by itself.
+    """
+    batch = make_batch(args[0], args[1:])
+    with torch.no_grad():
+        runs = [run_pair(model, guide, batch)]
+        with suppress(Exception):  # local parameters run on all of their data only
+            runs += [run_pair(model, guide, batch.rows(slice(1, None)))]
+    sites = [s for s in runs[0].model.values() if is_latent(s) or is_observed(s)]
+    if common_plates(sites):
+        return None
+    plate = find_plate([(r.model, len(r.batch)) for r in runs], "auto")
+    frames = [f for s in sites for f in s["cond_indep_stack"] if f.name == plate]
+    return plate if all(f.full_size == f.size for f in frames) else None
+
+
+def count_parameters(model: Model, guide: Guide | None, data: Rows) -> int:
+    """Number of scalars in the parameters that a pair uses, and in those of the modules that its callables are."""
+    guide = guide or empty_guide
+    parameters = {id(p): p.numel() for program in (model, guide) for p in module_parameters(program)}
+    with evaluation_store(model, guide), torch.no_grad(), forked_rng(0):
+        try:
+            pair = run_pair(model, guide, data.rows(slice(0, len(data))))
+        except Exception:  # noqa: BLE001 - a model with a log_prob need not be a Pyro program
+            return sum(parameters.values())
+        sites = (s for t in (pair.model, pair.guide) for s in t.values() if s["type"] == "param")
+        leaves = [s["value"].unconstrained() for s in sites]
+    return sum((parameters | {id(leaf): leaf.numel() for leaf in leaves}).values())
+
+
+def same_model(one: tuple[Model, Guide | None], other: tuple[Model, Guide | None], data: Rows) -> bool:
+    """Whether two pairs have one model: its log p(x, z) agrees at latents drawn from the first guide."""
+    few = data.rows(slice(0, min(len(data), PROBE_ROWS)))
+    tables = []
+    with torch.no_grad(), forked_rng(0), validation(False):
+        try:
+            with evaluation_store(*one):
+                proposed = run(one[1] or empty_guide, few.args)
+            values = {n: s["value"] for n, s in proposed.items() if is_latent(s)}
+            for model, guide in (one, other):
+                with evaluation_store(model, guide), eval_mode(model):
+                    trace = run(model, few.args, values=values)
+                    sites = [n for n, s in trace.items() if (is_latent(s) and n in values) or is_observed(s)]
+                    missing = [n for n, s in trace.items() if is_latent(s) and n not in values]
+                    depth = nesting(trace)
+                    tables.append((sites, missing, tabulate(trace, sites, None, 1, batch_dims=depth)))
+        except Exception:  # noqa: BLE001 - programs that cannot be run on the same latents do not share a model
+            return False
+    return tables[0][:2] == tables[1][:2] and agree(tables[0][2], tables[1][2])
