@@ -298,14 +298,28 @@ def _check_uncoupled(program: str, runner: Runner, batch: Batch, expected: Table
 
 
 def _draws_are_independent(guides: Runner, batch: Batch) -> bool:
-    """Whether no guide site has parameters that depend on another's draw, so that one run serves all draws."""
+    """Whether no guide site depends on another's draw, so that the distributions of one run serve all draws.
+
+    Two signs of dependence: parameters with a particle dimension, or, where the guide reshapes that away, parameters that
+    change from run to run.
+    """
     ranks: dict[str, int] = {}
     try:
-        trace = run(guides.program, batch.args, num_particles=_PARTICLES, nesting=guides.layout.nesting, ranks=ranks)
+        particles = run(
+            guides.program, batch.args, num_particles=_PARTICLES, nesting=guides.layout.nesting, ranks=ranks
+        )
+        first, *others = (run(guides.program, batch.args) for _ in range(_PARTICLES))
+        sites = [s for s in particles.values() if s["type"] == "sample"]
+        if not all(is_latent(s) and ranks[s["name"]] <= guides.layout.nesting for s in sites):
+            return False
+        values = {s["name"]: first[s["name"]]["value"] for s in sites}
+        return len(sites) == 1 or all(
+            torch.allclose(first[n]["fn"].log_prob(v), other[n]["fn"].log_prob(v), equal_nan=True)
+            for other in others
+            for n, v in values.items()
+        )
     except Exception:  # noqa: BLE001 - as in `_mode`
         return False
-    sites = [n for n, s in trace.items() if s["type"] == "sample"]
-    return all(is_latent(trace[n]) and ranks[n] <= guides.layout.nesting for n in sites)
 
 
 class _Allocated(torch.utils._python_dispatch.TorchDispatchMode):
