@@ -138,7 +138,7 @@ class Comparison:
             f"{row.elbo:.3f}",
             f"{row.log_marginal:.3f}{quoted}",
             "" if row is self.rows[0] else f"{difference:.3f} +- {error:.2g}",
-            f"{self.gap(row.name):.3f}",
+            f"{round(self.gap(row.name), 3) + 0.0:.3f}",  # no minus zero
             f"{float(ess):.2f}",
             ", ".join(f"{word} {share:.0%}" for word, share in row.status_shares().items()),
             f"{row.num_parameters:,}" if row.num_parameters else "",

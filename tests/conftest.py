@@ -7,6 +7,8 @@ import pyro
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors of tests are small, and cores are shared
+
 
 def _global_state() -> dict[str, Any]:
     """What a library may not leave changed; random numbers move on as with any torch call."""

@@ -25,8 +25,8 @@ PIXELS = 4
 class Pair:
     """A model and its exact posterior, data, and log p(x) of each datum."""
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any] | None
+    model: Any
+    guide: Any  # None where every latent is summed out
     x: torch.Tensor
     log_px: torch.Tensor
     args: tuple[Any, ...] = ()

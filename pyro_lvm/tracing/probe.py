@@ -300,8 +300,8 @@ def _check_uncoupled(program: str, runner: Runner, batch: Batch, expected: Table
 def _draws_are_independent(guides: Runner, batch: Batch) -> bool:
     """Whether no guide site depends on another's draw, so that the distributions of one run serve all draws.
 
-    Two signs of dependence: parameters with a particle dimension, or, where the guide reshapes that away, parameters that
-    change from run to run.
+    Two signs of dependence: parameters with a particle dimension, or, where the guide reshapes that away, parameters
+    that change from run to run.
     """
     ranks: dict[str, int] = {}
     try:

@@ -104,7 +104,7 @@ def match_sites(model: Trace, guide: Trace) -> Match:
 
 
 def _suggest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0 if len(names) == 1 else 0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -55,8 +55,9 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
     """
     if not plan.bounded_data:
         return
-    values = {n: s["value"] for n, s in run(guide, batch.args).items() if is_latent(s)}
-    trace = run(model, batch.args, values=values)
+    with forked_rng(0, [batch.args[0].device]):
+        values = {n: s["value"] for n, s in run(guide, batch.args).items() if is_latent(s)}
+        trace = run(model, batch.args, values=values)
     for name, outside in outside_data(trace).items():
         value = trace[name]["value"]
         where = outside.nonzero()[:, -1].unique()

@@ -22,7 +22,7 @@ evaluators = pytest.mark.parametrize("evaluate", [log_weights, importance])
 
 
 def rng_state() -> list[Any]:
-    numpy = np.random.get_state()  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002
     return [torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2]]
 
 
@@ -124,7 +124,7 @@ class Noisy(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.frozen = nn.Dropout(0.5).eval()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.frozen(self.dropout(self.norm(x[:, None])))[:, 0]
 
     def guide(self, x: torch.Tensor) -> None:
@@ -135,17 +135,18 @@ class Noisy(nn.Module):
 class NoisyGuide(Noisy):
     """The guide is the module itself."""
 
-    def forward(self, x: torch.Tensor) -> None:
+    def forward(self, x: torch.Tensor) -> Any:
         normal_guide(super().forward(x))
 
 
-def pair_with(kind: str) -> tuple[Program, Noisy]:
+def pair_with(kind: str) -> tuple[Program, Any]:
     if kind == "module":
-        return (net := NoisyGuide()), net
+        module = NoisyGuide()
+        return module, module
     net = Noisy()
     guides: dict[str, Program] = {
         "method": net.guide,
-        "registered": lambda x: (pyro.module("net", net), normal_guide(net(x)))[1],
+        "registered": lambda x: normal_guide(pyro.module("net", net)(x)),
         "closure": lambda x: normal_guide(net(x)),
         "forward": lambda x: normal_guide(net.forward(x)),
     }
