@@ -22,6 +22,6 @@ def test_python_blocks_run_in_order(capsys):
 
 def test_every_file_that_it_names_exists():
     root = Path(__file__).parents[1]
-    paths = re.findall(r"\]\((\w+\.md)\)", README) + re.findall(r"examples/\w+\.py", README)
+    paths = re.findall(r"\]\(([\w/]+\.md)\)", README) + re.findall(r"examples/\w+\.py", README)
     assert paths
     assert all((root / path).exists() for path in paths)
