@@ -163,7 +163,10 @@ def run(  # noqa: PLR0913
         if ranks is not None:
             stack.enter_context(_BatchShapes(ranks))
         program(*args)
-    return dict(prune_subsample_sites(trace.trace).nodes)
+    sites: Trace = dict(prune_subsample_sites(trace.trace).nodes)
+    if hasattr(program, "get_traces"):  # a GuideMessenger runs its model, observations and all
+        sites = {name: site for name, site in sites.items() if not is_observed(site)}
+    return sites
 
 
 def site_log_prob(site: Site, check_support: bool = False) -> torch.Tensor:

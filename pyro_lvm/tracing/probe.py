@@ -232,7 +232,7 @@ def _plan_modes(
     guides, models = Runner(guide, guide_layout, guide_sites), model_runner(model, model_layout, match)
     guide_table, proposed = guides.run(batch, "looped", _PARTICLES)
     model_table, drawn = models.run(batch, "looped", _PARTICLES, proposed)
-    everything = {**drawn, **proposed}  # with the draws that only the model makes
+    everything = {n: drawn[n] for n in match.free} | proposed  # with the draws that only the model makes
     if not tied and len(batch) > 1:
         if _scores_given_draws(guides, batch, proposed):
             _check_uncoupled("guide", guides, batch, guide_table, proposed)

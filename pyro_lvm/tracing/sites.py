@@ -47,6 +47,7 @@ class Match:
         sampled: model latents that the guide samples.
         enumerated: discrete model latents that the guide lacks.
         free: sites whose density cancels, for the model itself draws them: the unobserved half of an ``obs_mask``.
+        determined: ``Delta`` sites that only the model has.
         check_support: sampled latents whose guide can leave the support of the model.
         cardinality: joint number of values of the enumerated sites.
     """
@@ -54,6 +55,7 @@ class Match:
     sampled: tuple[str, ...]
     enumerated: tuple[str, ...]
     free: tuple[str, ...]
+    determined: tuple[str, ...]
     check_support: frozenset[str]
     cardinality: int
 
@@ -89,7 +91,8 @@ def match_sites(model: Trace, guide: Trace) -> Match:
     _check_guide_sites(model, latents, guide, proposals)
     lacking = {n: s for n, s in latents.items() if n not in proposals}
     free = tuple(n for n in lacking if is_unobserved(n))
-    missing = [n for n, s in lacking.items() if n not in free and not is_delta(s)]
+    determined = tuple(n for n, s in lacking.items() if n not in free and is_delta(s))
+    missing = [n for n in lacking if n not in free + determined]
     cardinality = 1
     for name in missing:
         cardinality *= _cardinality(name, latents[name], list(proposals))
@@ -100,7 +103,7 @@ def match_sites(model: Trace, guide: Trace) -> Match:
         )
     sampled = tuple(n for n in latents if n in proposals)
     unlike = {n for n in sampled if not _covers(n, latents[n]["fn"], proposals[n]["fn"])}
-    return Match(sampled, tuple(missing), free, frozenset(unlike), cardinality)
+    return Match(sampled, tuple(missing), free, determined, frozenset(unlike), cardinality)
 
 
 def _suggest(name: str, names: list[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from pyro_lvm._checks import check_positive_int, data_tensor
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
-from pyro_lvm.errors import SupportError
+from pyro_lvm.errors import SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
 from pyro_lvm.tracing.intercept import is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
@@ -42,7 +42,13 @@ def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: in
     Masks count, scales (subsampling, annealing) do not. Enumerated sites are summed out.
     """
     log_q, draws = proposal.draw(num_particles)
-    log_joint, _ = plan.model_runner(model).run(proposal.batch, plan.model_mode, num_particles, draws)
+    log_joint, latents = plan.model_runner(model).run(proposal.batch, plan.model_mode, num_particles, draws)
+    unproposed = latents.keys() - draws.keys() - {*plan.match.free, *plan.match.determined}
+    if unproposed:
+        raise SiteError(
+            f"guide: expected every latent site of the model, got none for {sorted(unproposed)}, which the model has "
+            "for some latents or data only. Sample them in the guide whenever the model does."
+        )
     weights = log_joint - log_q
     return Table(weights.total.expand(num_particles, -1), weights.magnitude)
 

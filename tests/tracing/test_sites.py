@@ -708,3 +708,13 @@ def test_an_auto_guide_on_data_of_another_size_is_refused() -> None:
     guide = ready(autoguide.AutoNormal(normal_model), data(5).float())
     with pytest.raises(PlateError, match="5"):
         log_weights(normal_model, guide, data(3).float())
+
+
+@pytest.mark.statistical
+def test_a_guide_messenger_is_a_guide() -> None:
+    """It runs its model inside; 5 standard errors of each of 6 data."""
+    x = data(6)
+    guide = autoguide.AutoNormalMessenger(normal_model, init_scale=1.0)
+    guide(x)
+    result = importance(normal_model, guide, x, num_particles=4000, seed=0)
+    assert bool(((result.value - posterior(x[:, None])[2]).abs() <= 5 * result.stderr).all())
