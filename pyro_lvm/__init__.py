@@ -9,7 +9,8 @@ A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the s
 
 from pyro_lvm import datasets, errors, evidence, guides, models, nn, ops, plots
 from pyro_lvm._version import __version__
-from pyro_lvm.compare import Comparison, compare
+from pyro_lvm.compare import compare
+from pyro_lvm.comparison import Comparison
 from pyro_lvm.errors import (
     DatasetError,
     DataTypeError,

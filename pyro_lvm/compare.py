@@ -1,205 +1,24 @@
 """Several model/guide pairs side by side on the same data and the same random numbers."""
 
-import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm.comparison import Comparison, ComparisonRow
 from pyro_lvm.errors import DataTypeError, ShapeError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source
-from pyro_lvm.evidence.record import to_arviz
-from pyro_lvm.table import TextTable
 from pyro_lvm.tracing.batch import DataArgs, Rows
 from pyro_lvm.tracing.questions import count_parameters, same_model
 
-if TYPE_CHECKING:
-    import pandas
-    import xarray
-    from matplotlib.figure import Figure
-
-__all__ = ["Comparison", "ComparisonRow", "compare"]
+__all__ = ["compare"]
 
 Pair = tuple[Model, Guide | None]
-
-
-@dataclass(frozen=True, eq=False)
-class ComparisonRow:
-    """One pair, or one kind of pair trained several times; all numbers in nats per datum.
-
-    Attributes:
-        name: of the row.
-        runs: one `LogMarginal` for each training run.
-        num_parameters: of model and guide together, 0 where it is not known.
-        seconds: time of the estimates.
-        peak_memory: bytes that the estimates took on a CUDA device, else None.
-    """
-
-    name: str
-    runs: tuple[LogMarginal, ...]
-    num_parameters: int
-    seconds: float
-    peak_memory: int | None
-
-    def mean_over_runs(self, column: str) -> torch.Tensor:
-        """A column of the record, averaged over training runs: ``(N,)``."""
-        return torch.stack([getattr(run, column) for run in self.runs]).mean(0)
-
-    @property
-    def elbo(self) -> float:
-        """Mean ELBO."""
-        return float(self.mean_over_runs("elbo").mean())
-
-    @property
-    def log_marginal(self) -> float:
-        """Mean of log p-hat(x)."""
-        return float(self.mean_over_runs("value").mean())
-
-    @property
-    def stderr(self) -> float:
-        """Monte Carlo standard error of `log_marginal`."""
-        return math.sqrt(sum(run.mean_stderr**2 for run in self.runs)) / len(self.runs)
-
-    @property
-    def bias(self) -> float:
-        """Estimated bias of `log_marginal`."""
-        return sum(run.mean_bias for run in self.runs) / len(self.runs)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of `log_marginal` between training runs; NaN for one run."""
-        means = torch.tensor([run.mean for run in self.runs])
-        return float(means.std()) if len(means) > 1 else math.nan
-
-    def status_shares(self) -> dict[str, float]:
-        """Share of the data in each status, averaged over training runs."""
-        total: dict[str, float] = {}
-        for run in self.runs:
-            for word, share in run.status_shares().items():
-                total[word] = total.get(word, 0.0) + share / len(self.runs)
-        return total
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
-    """Pairs from the best to the worst.
-
-    Attributes:
-        rows: `ComparisonRow` in their rank.
-        ranked_by: ``"elbo"`` where all rows share one model, so that log p(x) cancels in every difference, which is
-            then a difference of KL(q || p(z | x)); ``"value"`` (log p-hat) across models.
-        reference: shared exact or better log p(x) that gaps are measured from, or None.
-        notes: what the numbers cover and what they do not.
-    """
-
-    rows: tuple[ComparisonRow, ...]
-    ranked_by: str
-    reference: LogMarginal | None
-    notes: tuple[str, ...]
-
-    def difference(self, name: str) -> tuple[float, float]:
-        """Score of row ``name`` less that of the first row, paired over data, with its standard error over data."""
-        row = next(row for row in self.rows if row.name == name)
-        paired = row.mean_over_runs(self.ranked_by) - self.rows[0].mean_over_runs(self.ranked_by)  # (N,)
-        error = float(paired.std()) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-        return float(paired.mean()), error
-
-    def gap(self, name: str) -> float:
-        """Mean log p(x) - ELBO of row ``name``, from the reference if there is one, else from its own log p-hat."""
-        row = next(row for row in self.rows if row.name == name)
-        top = row.log_marginal if self.reference is None else self.reference.mean
-        return top - row.elbo
-
-    @property
-    def table(self) -> TextTable:
-        """The table as words."""
-        seeds = any(len(row.runs) > 1 for row in self.rows)
-        memory = any(row.peak_memory for row in self.rows)
-        score = "ELBO" if self.ranked_by == "elbo" else "log p"
-        header = ["pair", "ELBO", "log p-hat", f"{score} - best", "gap", "ESS/K", "status", "parameters", "seconds"]
-        header += ["seeds", "between seeds"] * seeds + ["peak MB"] * memory
-        return TextTable(tuple(header), tuple(self._cells(row, seeds, memory) for row in self.rows), self.notes)
-
-    def _cells(self, row: ComparisonRow, seeds: bool, memory: bool) -> tuple[str, ...]:
-        difference, error = self.difference(row.name)
-        ess = torch.cat([run.ess / run.num_particles for run in row.runs]).median()
-        exact = row.stderr == 0
-        hidden = not exact and not abs(row.bias) <= 0.25 * row.stderr  # a +- would hide the bias
-        quoted = "" if exact else f" (bias {row.bias:.1g})" if hidden else f" +- {row.stderr:.1g}"
-        cells = [
-            row.name,
-            f"{row.elbo:.3f}",
-            f"{row.log_marginal:.3f}{quoted}",
-            "" if row is self.rows[0] else f"{difference:.3f} +- {error:.2g}",
-            f"{round(self.gap(row.name), 3) + 0.0:.3f}",  # no minus zero
-            f"{float(ess):.2f}",
-            ", ".join(f"{word} {share:.0%}" for word, share in row.status_shares().items()),
-            f"{row.num_parameters:,}" if row.num_parameters else "",
-            f"{row.seconds:.1f}",
-        ]
-        cells += [str(len(row.runs)), f"{row.spread:.2g}"] * seeds
-        return tuple(cells + [f"{(row.peak_memory or 0) / 2**20:.0f}"] * memory)
-
-    def __str__(self) -> str:
-        return str(self.table)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.table.to_html()
-
-    def to_markdown(self) -> str:
-        """The table in Markdown."""
-        return self.table.to_markdown()
-
-    def to_html(self, path: str | Path) -> None:
-        """Write one self-contained page."""
-        style = (
-            "body{font-family:sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:right}"
-            "td:first-child,th:first-child{text-align:left}"
-        )
-        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{style}</style>'
-        Path(path).write_text(f"{page}<body>{self.table.to_html()}</body></html>", encoding="utf-8")
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """Numbers, one row a pair, in their rank."""
-        import pandas as pd
-
-        records = []
-        for row in self.rows:
-            difference, error = self.difference(row.name)
-            record = {"elbo": row.elbo, "log_marginal": row.log_marginal, "stderr": row.stderr, "bias": row.bias}
-            record |= {"difference": difference, "difference_stderr": error, "gap": self.gap(row.name)}
-            record |= {"num_runs": len(row.runs), "spread": row.spread, "num_parameters": row.num_parameters}
-            record |= {"seconds": row.seconds, **{f"share_{w}": s for w, s in row.status_shares().items()}}
-            records.append(record)
-        frame = pd.DataFrame(records, index=pd.Index([row.name for row in self.rows], name="pair"))
-        shares = [column for column in frame.columns if column.startswith("share_")]
-        return frame.fillna(dict.fromkeys(shares, 0.0))
-
-    def to_datatree(self) -> "xarray.DataTree":
-        """One group a row, each a `LogMarginal` (of its first training run) as `LogMarginal.to_datatree` gives it."""
-        import xarray as xr
-
-        groups = {f"/{row.name}": row.runs[0].to_datatree()["importance"].to_dataset() for row in self.rows}
-        return xr.DataTree.from_dict(groups)
-
-    def to_arviz(self) -> Any:
-        """The same in ArviZ's own container."""
-        return to_arviz(self.to_datatree())
-
-    def plot(self) -> "Figure":
-        """ELBO and log p-hat of each row with the paired error of its score, beside the shares of each status."""
-        from pyro_lvm.plots import comparison
-
-        return comparison(self)
 
 
 def compare(

@@ -53,11 +53,13 @@ class ImageDataset(Dataset[torch.Tensor]):
     Args:
         images: ``(N, D)``; with ``redraw``, Bernoulli probabilities.
         redraw: return x ~ Bernoulli(image) at each access, and not the image.
+        provenance: what estimates on these data note in their own provenance.
     """
 
-    def __init__(self, images: torch.Tensor, redraw: bool) -> None:
+    def __init__(self, images: torch.Tensor, redraw: bool, provenance: dict[str, Any]) -> None:
         self.images = images  # (N, D)
         self.redraw = redraw
+        self.provenance = provenance
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,10 +93,15 @@ class ImageData:
     test_labels: torch.Tensor = field(repr=False)
     image_shape: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        # Estimates on these very tensors note where they come from; a slice of one is another tensor, and does not.
+        for images in (self.train, self.test):
+            images.provenance = self.provenance  # type: ignore[attr-defined]
+
     @property
     def train_dataset(self) -> ImageDataset:
         """The training images one by one, binarised anew at each access if ``binarize`` is ``"dynamic"``."""
-        return ImageDataset(self.train, redraw=self.binarize == "dynamic")
+        return ImageDataset(self.train, self.binarize == "dynamic", self.provenance)
 
     @property
     def provenance(self) -> dict[str, Any]:

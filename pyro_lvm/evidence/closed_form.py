@@ -10,7 +10,7 @@ from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Data
 from pyro_lvm._version import __version__
 from pyro_lvm.errors import DataTypeError
-from pyro_lvm.evidence.data import data_source
+from pyro_lvm.evidence.data import data_provenance, data_source
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.tracing.weights import evaluation
 
@@ -58,6 +58,7 @@ def closed_form(model: Any, x: Data, *args: Any, device: torch.device | str | No
         num_particles=1,
         method="closed form",
         provenance={
+            "data": data_provenance(x),
             "model": type(model).__name__,
             "num_data": len(value),
             "device": str(value.device),

@@ -11,7 +11,7 @@ from pyro_lvm._typing import Data
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows, make_batch
 
-__all__ = ["data_source"]
+__all__ = ["data_provenance", "data_source"]
 
 
 class _DatasetRows:
@@ -54,3 +54,9 @@ def data_source(x: Data, args: Sequence[Any], data_args: DataArgs, device: torch
             data_tensor("x", torch.empty(0))
         return _DatasetRows(x, args, data_args, collate, device)
     return make_batch(data_tensor("x", x), args, data_args).to(device)
+
+
+def data_provenance(x: Data) -> dict[str, Any] | None:
+    """What a data set says of itself (its name, its binarisation), for the record."""
+    found = getattr(x.dataset if isinstance(x, DataLoader) else x, "provenance", None)
+    return dict(found) if isinstance(found, dict) else None

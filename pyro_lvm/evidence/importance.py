@@ -14,7 +14,7 @@ from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import __version__
 from pyro_lvm.errors import UnreliableEstimateWarning
 from pyro_lvm.evidence.closed_form import closed_form
-from pyro_lvm.evidence.data import data_source
+from pyro_lvm.evidence.data import data_provenance, data_source
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.ops import WeightAccumulator, WeightSummary, status_names
 from pyro_lvm.tracing.batch import DataArgs, Rows
@@ -107,7 +107,7 @@ def importance(
         job = _Job(plan, model, guide, source, num_particles, sizes)
         with forked_rng(seed, devices), validation(False):
             summaries = job.run(progress)
-    record = _record(job, summaries, seed, devices[0])
+    record = _record(job, summaries, {"data": data_provenance(x), "seed": seed, "device": str(devices[0])})
     _warn(record)
     return record
 
@@ -185,7 +185,7 @@ def _chunk_sizes(plan: Plan, num_data: int, num_particles: int, device: torch.de
     return rows, max(1, min(num_particles, particles))
 
 
-def _record(job: _Job, summaries: list[WeightSummary], seed: int | None, device: torch.device) -> LogMarginal:
+def _record(job: _Job, summaries: list[WeightSummary], provenance: dict[str, Any]) -> LogMarginal:
     plan = job.plan
 
     def column(name: str) -> torch.Tensor:
@@ -198,14 +198,12 @@ def _record(job: _Job, summaries: list[WeightSummary], seed: int | None, device:
         status = np.where(status == "unreliable", "exact", status)  # K = 1 says nothing of a sum that has no noise
         stderr, bias = torch.zeros_like(value), torch.zeros_like(value)
     expected = 1 if plan.model_layout.plate is None else len(job.source)
-    provenance = {
+    provenance |= {
         "model": _name(job.model),
         "guide": _name(job.guide),
         "num_data": len(job.source),
         "finished": len(value) == expected,
-        "seed": seed,
         "dtype": str(job.dtype),
-        "device": str(device),
         "data_plate": plan.model_layout.plate,
         "chunks": job.chunks,
         "particles": {"model": plan.model_mode, "guide": plan.guide_mode},

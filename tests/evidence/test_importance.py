@@ -518,11 +518,10 @@ MEMORY = """
 import resource, sys, torch, pyro, pyro.distributions as dist
 from pyro_lvm.evidence import importance
 torch.set_num_threads(1)
-decoder = torch.nn.Sequential(torch.nn.Linear(50, 200), torch.nn.Tanh(), torch.nn.Linear(200, 784))
-encoder = torch.nn.Sequential(torch.nn.Linear(784, 200), torch.nn.Tanh(), torch.nn.Linear(200, 50))
+decoder, encoder = torch.nn.Linear(10, 784), torch.nn.Linear(784, 10)
 def model(x):
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(50), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(10), 1.0).to_event(1))
         pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
 def guide(x):
     with pyro.plate("data", len(x)):

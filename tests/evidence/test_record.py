@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from pyro_lvm.evidence import LogMarginal, importance
+from pyro_lvm.datasets import digits
+from pyro_lvm.evidence import LogMarginal, closed_form, importance
+from pyro_lvm.models import LinearGaussian
 from tests.references import ENUMERATED, plain
 
 WORDS = ["zero_variance", "no_fault_found", "heavy_tail", "unreliable"]
@@ -167,3 +170,13 @@ def test_provenance_makes_the_number_quotable() -> None:
     assert (p["num_data"], p["finished"], p["chunks"]) == (3, True, (2, 2))
     assert p["particles"] == {"model": "vectorised", "guide": "once"}
     assert set(p["versions"]) == {"pyro_lvm", "pyro", "torch"}
+
+
+def test_the_binarisation_of_a_data_set_is_noted() -> None:
+    images = digits(binarize="dynamic")
+    model = LinearGaussian(2, 64)
+    result = closed_form(model, images.test)
+    assert result.provenance["data"]["binarize"] == "dynamic"
+    sampled = importance(model, model.posterior_guide, DataLoader(images.train_dataset, batch_size=50), num_particles=2)
+    assert sampled.provenance["data"]["name"] == "digits"
+    assert closed_form(model, images.test[:3]).provenance["data"] is None
