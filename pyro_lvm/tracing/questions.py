@@ -51,13 +51,14 @@ def count_parameters(model: Model, guide: Guide | None, data: Rows) -> int:
     guide = guide or empty_guide
     parameters = {id(p): p.numel() for program in (model, guide) for p in module_parameters(program)}
     with evaluation_store(model, guide), torch.no_grad(), forked_rng(0):
-        try:
-            pair = run_pair(model, guide, data.rows(slice(0, len(data))))
-        except Exception:  # noqa: BLE001 - a model with a log_prob need not be a Pyro program
-            return sum(parameters.values())
-        sites = (s for t in (pair.model, pair.guide) for s in t.values() if s["type"] == "param")
-        leaves = [s["value"].unconstrained() for s in sites]
-    return sum((parameters | {id(leaf): leaf.numel() for leaf in leaves}).values())
+        for size in (PROBE_ROWS, len(data)):  # some pairs only run on all of their data
+            with suppress(Exception):  # and a model with a log_prob need not be a Pyro program
+                pair = run_pair(model, guide, data.rows(slice(0, size)))
+                sites = (s for t in (pair.model, pair.guide) for s in t.values() if s["type"] == "param")
+                leaves = [s["value"].unconstrained() for s in sites]
+                parameters |= {id(leaf): leaf.numel() for leaf in leaves}
+                break
+    return sum(parameters.values())
 
 
 def same_model(one: tuple[Model, Guide | None], other: tuple[Model, Guide | None], data: Rows) -> bool:

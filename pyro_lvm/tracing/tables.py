@@ -26,7 +26,8 @@ class Table:
     magnitude: torch.Tensor
 
     def __sub__(self, other: "Table") -> "Table":
-        return Table(self.total - other.total, torch.maximum(self.magnitude, other.magnitude))
+        device = self.total.device  # a program without sites has a table, of zeros, on no device in particular
+        return Table(self.total - other.total.to(device), torch.maximum(self.magnitude, other.magnitude.to(device)))
 
 
 def tabulate(

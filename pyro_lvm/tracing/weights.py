@@ -10,7 +10,7 @@ from pyro_lvm._checks import check_positive_int, data_tensor
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
-from pyro_lvm.tracing.intercept import is_latent, run
+from pyro_lvm.tracing.intercept import element_constraint, is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
 from pyro_lvm.tracing.particles import Draws, Runner, draw_from
@@ -65,13 +65,16 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
         values = {n: s["value"] for n, s in run(guide, batch.args).items() if is_latent(s)}
         trace = run(model, batch.args, values=values)
     for name, outside in outside_data(trace).items():
-        value = trace[name]["value"]
-        where = outside.nonzero()[:, -1].unique()
-        rows = f"{len(where)} of {len(batch)} data, first row {first_row + int(where[0])}" if len(where) else "it"
+        site, dim = trace[name], plan.model_layout.dim
+        where = ""
+        if dim is not None and outside.dim() >= -dim:
+            rows = outside.nonzero()[:, dim].unique()
+            where = f" ({len(rows)} of {len(batch)} data, the first of them row {first_row + int(rows[0])})"
+        constraint = element_constraint(site["fn"].support)
+        example = site["value"][~constraint.check(site["value"])][0].tolist()
         raise SupportError(
-            f"observed site {name!r}: expected values in {trace[name]['fn'].support}, got values from "
-            f"{value.min():.4g} to {value.max():.4g} outside of it ({rows}). A likelihood there is no density: "
-            "transform the data (grey pixels under a Bernoulli: binarise them) or choose a likelihood that fits."
+            f"observed site {name!r}: expected values in {constraint}, got {example}{where}. A likelihood has no density "
+            "there: transform the data (grey pixels under a Bernoulli: binarise them) or choose a likelihood that fits."
         )
 
 
