@@ -74,7 +74,7 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
         example = site["value"][~constraint.check(site["value"])][0].tolist()
         raise SupportError(
             f"observed site {name!r}: expected values in {constraint}, got {example}{where}. A likelihood has no "
-            "density there: transform the data (grey pixels under a Bernoulli: binarise them) or choose a likelihood that fits."
+            "density there: transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         )
 
 
