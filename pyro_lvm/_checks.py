@@ -11,7 +11,7 @@ import torch
 
 from pyro_lvm.errors import DataTypeError, ShapeError
 
-__all__ = ["check_positive_int", "data_tensor", "refuse", "warn_caller"]
+__all__ = ["check_positive_int", "data_tensor", "refuse", "shown", "warn_caller"]
 
 _INTERNAL = (str(Path(__file__).parent), str(contextlib.__file__))
 
@@ -59,3 +59,8 @@ def warn_caller(message: str, category: type[Warning]) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def shown(progress: bool | None) -> bool:
+    """Whether to draw a progress bar; by default in a terminal only."""
+    return sys.stderr.isatty() if progress is None else progress

@@ -1,8 +1,10 @@
 """Several model/guide pairs side by side on the same data and the same random numbers."""
 
+import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.comparison import Comparison, ComparisonRow
 from pyro_lvm.errors import DataTypeError, ShapeError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
-from pyro_lvm.evidence.data import data_source
+from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.tracing.batch import DataArgs, Rows
 from pyro_lvm.tracing.questions import count_parameters, same_model
 
@@ -43,7 +45,7 @@ def compare(
         x: data ``(N, ...)``, or a ``Dataset`` or ``DataLoader``.
         *args: further arguments of all programs.
         reference: exact log p(x) of the shared model, that gaps are measured from.
-        seed: common random numbers of all rows.
+        seed: the same for all rows, which draws common random numbers where they run in the same way.
         num_particles: K of every row.
         data_plate: see `log_marginal`, as are the options below.
         data_args: positions of the arguments with one row per datum.
@@ -57,8 +59,8 @@ def compare(
         the draws, not the training: a claim about families of guides needs several training runs of each.
 
     Raises:
-        DataTypeError: a row is none of the kinds above.
-        ShapeError: no row, or rows and reference with different numbers of data.
+        DataTypeError: no row, or one of none of the kinds above.
+        ShapeError: rows and reference with different numbers of data.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -76,27 +78,40 @@ def compare(
         >>> [row.name for row in result.rows], result.ranked_by
         (['exact', 'wide'], 'elbo')
     """
-    if not rows:
-        raise ShapeError(refuse("rows", "at least one pair", "none", 'Pass {"name": (model, guide)}.'))
+    if not isinstance(rows, Mapping) or not rows:
+        got = "none" if isinstance(rows, Mapping) else type(rows).__name__
+        raise DataTypeError(refuse("rows", "a dictionary of at least one pair", got, 'Pass {"name": (model, guide)}.'))
     source = data_source(x, args, data_args, device)
     kinds = {name: _pairs(name, row) for name, row in rows.items()}
     options: dict[str, Any] = {"num_particles": num_particles, "data_plate": data_plate, "data_args": data_args}
     options |= {"vectorize": vectorize, "chunks": chunks, "seed": seed, "device": device, "progress": progress}
-    measured = []
+    measured: dict[str, ComparisonRow] = {}
     for name, kind in kinds.items():
         try:
-            measured.append(_measure(name, kind, source, x, args, options))
+            row = _measure(name, kind, source, x, args, options)
+        except KeyboardInterrupt:
+            if not measured:
+                raise
+            break
         except Exception as error:
             error.add_note(f"in row {name!r} of compare()")
             raise
-    _check_lengths(measured, reference)
-    pairs = [pair for kind in kinds.values() if not isinstance(kind, LogMarginal) for pair in kind]
-    shared = len(pairs) == sum(len(row.runs) for row in measured) and all(
-        same_model(pairs[0], pair, source) for pair in pairs[1:]
-    )
+        measured[name] = row
+    _check_lengths(measured.values(), reference)
+    shared = _one_model([kinds[name] for name in measured], source)
     ranked_by = "elbo" if shared else "value"
-    ranked = sorted(measured, key=lambda row: -float(row.mean_over_runs(ranked_by).mean()))
-    return Comparison(tuple(ranked), ranked_by, reference, _notes(ranked, shared, reference))
+    ranked = sorted(measured.values(), key=lambda row: -float(row.mean_over_runs(ranked_by).mean()))
+    result = Comparison(tuple(ranked), ranked_by, reference, ())
+    missing = [name for name in kinds if name not in measured]
+    return replace(result, notes=_notes(result, shared, missing))
+
+
+def _one_model(kinds: Sequence[list[Pair] | LogMarginal], source: Rows) -> bool | None:
+    """Whether all rows share one model; None where that cannot be told."""
+    pairs = [pair for kind in kinds if not isinstance(kind, LogMarginal) for pair in kind]
+    answers: list[bool | None] = [None for kind in kinds if isinstance(kind, LogMarginal) and len(kinds) > 1]
+    answers += [same_model(pairs[0], pair, source) for pair in pairs[1:]]
+    return False if False in answers else None if None in answers else True
 
 
 def _pairs(name: str, row: Any) -> list[Pair] | LogMarginal:
@@ -114,19 +129,21 @@ def _measure(
 ) -> ComparisonRow:
     if isinstance(kind, LogMarginal):
         return ComparisonRow(name, (kind,), 0, 0.0, None)
-    cuda = source.rows(slice(0, 1)).args[0].device.type == "cuda"
+    cuda = device_of(source).type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table and its notes say it of every row
         runs = tuple(importance(model, guide, x, *args, **options) for model, guide in kind)
+    if not all(run.provenance.get("finished", True) for run in runs):
+        raise KeyboardInterrupt  # which the estimate took for its own
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if cuda else None
     return ComparisonRow(name, runs, count_parameters(*kind[0], source), seconds, peak)
 
 
-def _check_lengths(rows: Sequence[ComparisonRow], reference: LogMarginal | None) -> None:
+def _check_lengths(rows: Iterable[ComparisonRow], reference: LogMarginal | None) -> None:
     lengths = {row.name: len(run) for row in rows for run in row.runs}
     lengths |= {} if reference is None else {"reference": len(reference)}
     if len(set(lengths.values())) > 1:
@@ -134,31 +151,39 @@ def _check_lengths(rows: Sequence[ComparisonRow], reference: LogMarginal | None)
         raise ShapeError(refuse("rows", "one number of data", lengths, cure))
 
 
-def _notes(rows: Sequence[ComparisonRow], shared: bool, reference: LogMarginal | None) -> tuple[str, ...]:
-    first = rows[0].runs[0]
+def _notes(result: Comparison, shared: bool | None, missing: Sequence[str]) -> tuple[str, ...]:
+    """What the numbers cover, and what they do not."""
+    rows, reference = result.rows, result.reference
+    several = any(len(row.runs) > 1 for row in rows)
     notes = [
-        f"{len(first)} data, K = {first.num_particles}; nats per datum, higher is better. +- is one standard error: of "
-        "log p-hat over the draws, of differences (paired) over data and draws.",
+        f"{len(rows[0].runs[0])} data; nats per datum, higher is better. +- is one standard error: of log p-hat over "
+        "the draws, of differences (paired) over data and draws.",
+        "The errors do not cover training: another seed of it gives other parameters, and may rank jointly trained "
+        "pairs otherwise." + (" For the rows of several runs, sd says by how much." if several else ""),
     ]
-    if all(len(row.runs) == 1 for row in rows):
+    if len(rows) > 1:
         notes.append(
-            "The errors do not cover training: one run of each pair was measured, and another seed may rank jointly "
-            "trained pairs otherwise."
+            {
+                True: "All rows share one model: a difference of ELBOs is minus the difference of KL(q || p(z|x)).",
+                False: "The rows do not share one model: they are ranked by log p-hat, and gaps are not comparable.",
+                None: "Whether all rows share one model could not be checked: they are ranked by log p-hat.",
+            }[shared]
         )
-    if shared:
-        notes.append("All rows share one model: a difference of ELBOs is minus the difference of KL(q || p(z|x)).")
-    elif len(rows) > 1:
-        notes.append("The rows do not share one model: they are ranked by log p-hat, and gaps are not comparable.")
     if reference is None:
         notes.append("gap = log p-hat - ELBO from each row's own log p-hat, which is too small where a guide is bad.")
     else:
         notes.append(f"gap = reference - ELBO; the reference is {reference.method}, mean {reference.mean:.3f}.")
+        for row in rows:
+            gap = reference.value - row.mean_over_runs("elbo")
+            if float(gap.mean()) < -3 * float(gap.std()) / math.sqrt(len(gap)) - 1e-6:
+                notes.append(
+                    f"{row.name}: an ELBO above the reference: the reference is of other data or another model."
+                )
     enumerated = {tuple(run.provenance.get("enumerated", ())) for row in rows for run in row.runs}
     if len(enumerated) > 1:
         notes.append(f"The rows enumerate different sites {sorted(enumerated)}: their ELBOs are different bounds.")
     for row in rows:
-        doubt = {w: s for w, s in row.status_shares().items() if w in ("unreliable", "no_support", "nonfinite")}
-        if doubt:
-            words = ", ".join(f"{word} for {share:.1%}" for word, share in doubt.items())
-            notes.append(f"{row.name}: log p-hat is {words} of the data; it is likely too low there.")
+        if doubt := ", ".join(sorted({run.doubt for run in row.runs} - {""})):
+            notes.append(f"{row.name}: log p-hat is {doubt} of the data, and likely too low there.")
+    notes += [f"Interrupted: {list(missing)} were not measured."] if missing else []
     return tuple(notes)

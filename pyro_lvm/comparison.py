@@ -27,7 +27,7 @@ class ComparisonRow:
         name: of the row.
         runs: one `LogMarginal` for each training run.
         num_parameters: of model and guide together, 0 where it is not known.
-        seconds: time of the estimates.
+        seconds: time of the estimates, without training.
         peak_memory: bytes that the estimates took on a CUDA device, else None.
     """
 
@@ -53,8 +53,8 @@ class ComparisonRow:
 
     @property
     def stderr(self) -> float:
-        """Monte Carlo standard error of `log_marginal`."""
-        return math.sqrt(sum(run.mean_stderr**2 for run in self.runs)) / len(self.runs)
+        """Monte Carlo standard error of `log_marginal`: that of one run, for all runs have the same seed."""
+        return sum(run.mean_stderr for run in self.runs) / len(self.runs)
 
     @property
     def bias(self) -> float:
@@ -112,8 +112,19 @@ class Comparison:
         seeds = any(len(row.runs) > 1 for row in self.rows)
         memory = any(row.peak_memory for row in self.rows)
         score = "ELBO" if self.ranked_by == "elbo" else "log p"
-        header = ["pair", "ELBO", "log p-hat", f"{score} - best", "gap", "ESS/K", "status", "parameters", "seconds"]
-        header += ["seeds", "between seeds"] * seeds + ["peak MB"] * memory
+        header = [
+            "pair",
+            "ELBO",
+            "log p-hat",
+            f"{score} - best",
+            "gap",
+            "K",
+            "ESS/K",
+            "status",
+            "parameters",
+            "seconds",
+        ]
+        header += ["runs", "sd of log p-hat"] * seeds + ["peak MB"] * memory
         return TextTable(tuple(header), tuple(self._cells(row, seeds, memory) for row in self.rows), self.notes)
 
     def _cells(self, row: ComparisonRow, seeds: bool, memory: bool) -> tuple[str, ...]:
@@ -128,12 +139,13 @@ class Comparison:
             f"{row.log_marginal:.3f}{quoted}",
             "" if row is self.rows[0] else f"{difference:.3f} +- {error:.2g}",
             f"{round(self.gap(row.name), 3) + 0.0:.3f}",  # no minus zero
+            "/".join(str(k) for k in sorted({run.num_particles for run in row.runs})),
             f"{float(ess):.2f}",
             ", ".join(f"{word} {share:.0%}" for word, share in row.status_shares().items()),
             f"{row.num_parameters:,}" if row.num_parameters else "",
             f"{row.seconds:.1f}",
         ]
-        cells += [str(len(row.runs)), f"{row.spread:.2g}"] * seeds
+        cells += [str(len(row.runs)), "" if math.isnan(row.spread) else f"{row.spread:.2g}"] * seeds
         return tuple(cells + [f"{(row.peak_memory or 0) / 2**20:.0f}"] * memory)
 
     def __str__(self) -> str:

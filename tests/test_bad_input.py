@@ -259,7 +259,8 @@ def test_a_callable_of_two_pairs_alone():
         return torch.optim.SGD(params, lr=0.1)
 
     first = lvm.fit(shared, other, X, num_steps=3, optim=optim, seed=0)
-    lvm.fit(shared, lambda x: other(x), X, num_steps=30, optim=optim, seed=0)
+    second = lvm.fit(shared, lambda x: other(x), X, num_steps=30, optim=optim, seed=0)
+    assert not torch.equal(first.params["bias"], second.params["bias"])
     with pytest.raises(lvm.ParameterError, match=r"shared.*fitted in 2 pairs.*FitResult.model"):
         lvm.log_weights(shared, guide, X)
     assert lvm.log_weights(first.model, guide, X, seed=0).shape == (1, 4)

@@ -114,7 +114,7 @@ def test_training_runs_have_a_spread():
     several = next(row for row in result.rows if row.name == "several")
     means = torch.tensor([run.mean for run in several.runs])
     assert several.spread == pytest.approx(float(means.std()))
-    assert "between seeds" in str(result)
+    assert "sd of log p-hat" in str(result)
     assert math.isnan(result.rows[0].spread)
 
 
@@ -171,7 +171,8 @@ def test_parameters_are_counted():
 @pytest.mark.parametrize(
     ("rows", "options", "error", "words"),
     [
-        ({}, {}, lvm.ShapeError, "at least one pair"),
+        ({}, {}, lvm.DataTypeError, "at least one pair"),
+        ([ROWS["wide"]], {}, lvm.DataTypeError, "a dictionary"),
         ({"a": model}, {}, lvm.DataTypeError, "a pair"),
         ({"a": []}, {}, lvm.DataTypeError, "a pair"),
         ({"a": (model, ROWS["wide"][1], 3)}, {}, lvm.DataTypeError, "a pair"),
@@ -194,3 +195,65 @@ def test_an_error_names_its_row():
     with pytest.raises(lvm.SiteError) as caught:
         lvm.compare({"good": ROWS["wide"], "typo": (model, misnamed)}, X)
     assert "in row 'typo' of compare()" in caught.value.__notes__
+
+
+def test_rows_of_one_object_share_its_model_however_they_are_measured():
+    """An enumerated latent, a closed form beside a guide, and an AutoNormal that knows its own data only."""
+
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7], dtype=torch.float64)))
+            z = pyro.sample("z", dist.Normal(k.double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    local = pyro.infer.autoguide.AutoNormal(model)
+    local(X)
+    exact = lvm.models.LinearGaussian(1, 2).double()
+    pair = (exact, exact.posterior_guide)
+    assert lvm.compare({"a": (mixture, gaussian(0.0, 1.0)), "b": (mixture, gaussian(0.2, 1.0))}, X).ranked_by == "elbo"
+    assert lvm.compare({"a": (exact, None), "b": pair}, torch.stack([X, -X], -1)).ranked_by == "elbo"
+    assert lvm.compare({"a": (model, local), "b": ROWS["wide"]}, X, num_particles=50).ranked_by == "elbo"
+
+
+def test_a_record_s_model_is_not_known_and_it_is_said():
+    text = str(lvm.compare({"record": lvm.log_marginal(*ROWS["wide"], X, seed=0), "pair": ROWS["exact"]}, X))
+    assert "could not be checked" in text
+
+
+def test_training_runs_share_their_random_numbers_so_their_error_is_no_smaller():
+    one = lvm.compare({"a": ROWS["off"]}, X, num_particles=50).rows[0]
+    nine = lvm.compare({"a": [ROWS["off"]] * 9}, X, num_particles=50).rows[0]
+    assert nine.stderr == pytest.approx(one.stderr)
+
+
+def test_a_reference_of_other_data_is_noticed():
+    other = lvm.log_marginal(Exact(), None, X + 5.0)
+    assert "an ELBO above the reference" in str(lvm.compare({"a": ROWS["wide"]}, X, reference=other))
+
+
+def test_ctrl_c_keeps_the_rows_that_are_finished():
+    calls = 0
+
+    def interrupted(x):
+        nonlocal calls
+        calls += 1
+        if calls > 40:
+            raise KeyboardInterrupt
+        model(x)
+
+    result = lvm.compare({"done": ROWS["wide"], "cut": (interrupted, ROWS["wide"][1])}, X, chunks=(2, 10))
+    assert [row.name for row in result.rows] == ["done"]
+    assert "['cut'] were not measured" in str(result)
+
+
+def test_parameters_of_fitted_callables_are_counted():
+    net = torch.nn.Linear(1, 2).double()  # 4 numbers
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = net(x[:, None]).unbind(-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    fitted = lvm.fit(model, guide, X, num_steps=2)
+    assert lvm.compare({"a": (fitted.model, fitted.guide)}, X, num_particles=50).rows[0].num_parameters == 4

@@ -10,8 +10,9 @@ from pyro_lvm._checks import data_tensor, refuse
 from pyro_lvm._typing import Data
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows, make_batch
+from pyro_lvm.tracing.isolation import forked_rng
 
-__all__ = ["data_provenance", "data_source"]
+__all__ = ["data_provenance", "data_source", "device_of"]
 
 
 class _DatasetRows:
@@ -60,3 +61,9 @@ def data_provenance(x: Data) -> dict[str, Any] | None:
     """What a data set says of itself (its name, its binarisation), for the record."""
     found = getattr(x.dataset if isinstance(x, DataLoader) else x, "provenance", None)
     return dict(found) if isinstance(found, dict) else None
+
+
+def device_of(source: Rows) -> torch.device:
+    """Where the data are; a data set that draws its items anew draws none here."""
+    with forked_rng(0):
+        return source.rows(slice(0, 1)).args[0].device  # type: ignore[no-any-return]

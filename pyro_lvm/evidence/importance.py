@@ -1,6 +1,5 @@
 """Importance sampling with the guide as proposal, streamed over data and particles."""
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,23 +8,20 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int, warn_caller
+from pyro_lvm._checks import check_positive_int, shown, warn_caller
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import __version__
 from pyro_lvm.errors import UnreliableEstimateWarning
 from pyro_lvm.evidence.closed_form import closed_form
-from pyro_lvm.evidence.data import data_provenance, data_source
+from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.record import LogMarginal
-from pyro_lvm.ops import WeightAccumulator, WeightSummary, status_names
+from pyro_lvm.ops import DOUBTFUL, WeightAccumulator, WeightSummary, status_names
 from pyro_lvm.tracing.batch import DataArgs, Rows
-from pyro_lvm.tracing.isolation import forked_rng, validation
+from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
 from pyro_lvm.tracing.weights import Proposal, check_data, evaluation, weight_table
 
 __all__ = ["importance"]
-
-_CPU_BYTES = 2**26  # what one chunk may allocate: a few times the cache, far below what a process has
-_ROWS = {"cpu": 128, "cuda": 1024}  # data a chunk: the guide runs once for each
 
 
 def importance(
@@ -92,20 +88,20 @@ def importance(
         -1.2655 zero_variance
     """
     if guide is None and callable(getattr(model, "log_prob", None)):
-        return closed_form(model, x, *args, device=device)
+        return closed_form(model, x, *args, data_plate=data_plate, data_args=data_args, device=device)
     num_particles = check_positive_int("num_particles", num_particles)
     if chunks is not None:
         chunks = (check_positive_int("chunks[0]", chunks[0]), check_positive_int("chunks[1]", chunks[1]))
     source = data_source(x, args, data_args, device)
     guide = guide or empty_guide
-    devices = [source.rows(slice(0, 1)).args[0].device]
+    devices = [device_of(source)]
     with evaluation(model, guide), torch.no_grad():
-        with forked_rng(0, devices):
+        with evaluation_rng(0, devices):
             plan = probe_pair(model, guide, source, data_plate, vectorize)
         num_particles = 1 if plan.exact else num_particles
-        sizes = chunks or _chunk_sizes(plan, len(source), num_particles, devices[0])
+        sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
         job = _Job(plan, model, guide, source, num_particles, sizes)
-        with forked_rng(seed, devices), validation(False):
+        with evaluation_rng(seed, devices), validation(False):
             summaries = job.run(progress)
     record = _record(job, summaries, {"data": data_provenance(x), "seed": seed, "device": str(devices[0])})
     _warn(record)
@@ -127,10 +123,11 @@ class _Job:
     def run(self, progress: bool | None) -> list[WeightSummary]:
         """Summaries of the chunks of data, of those that are finished when Ctrl-C comes."""
         num_data = len(self.source)
-        shown = sys.stderr.isatty() if progress is None else progress
         summaries: list[WeightSummary] = []
         done = 0
-        with tqdm(total=num_data * self.num_particles, unit=" weights", unit_scale=True, disable=not shown) as bar:
+        with tqdm(
+            total=num_data * self.num_particles, unit=" weights", unit_scale=True, disable=not shown(progress)
+        ) as bar:
             try:
                 while done < num_data:
                     rows = num_data if self.plan.tied else min(self.chunks[0], num_data - done)
@@ -168,21 +165,6 @@ class _Job:
         if not (isinstance(error, MemoryError) or any(word in str(error) for word in words)) or data * particles == 1:
             raise error
         self.chunks = (data, particles // 2) if particles > 1 else (data // 2, 1)
-
-
-def _chunk_sizes(plan: Plan, num_data: int, num_particles: int, device: torch.device) -> tuple[int, int]:
-    """(data, particles) that fit the memory budget."""
-    budget = _CPU_BYTES
-    if device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] // 4
-    joint = plan.model_layout.plate is None
-    rows = (
-        num_data
-        if plan.tied
-        else min(num_data, _ROWS.get(device.type, _ROWS["cpu"]), max(1, budget // plan.bytes_per_particle))
-    )
-    particles = budget // (plan.bytes_per_particle * (1 if joint else rows))
-    return rows, max(1, min(num_particles, particles))
 
 
 def _record(job: _Job, summaries: list[WeightSummary], provenance: dict[str, Any]) -> LogMarginal:
@@ -230,8 +212,8 @@ def _name(program: Any) -> str:
 
 
 def _warn(record: LogMarginal) -> None:
-    bad = {w: s for w, s in record.status_shares().items() if w in ("unreliable", "no_support", "nonfinite")}
-    if bad:
-        words = ", ".join(f"{round(share * len(record))} {word}" for word, share in bad.items())
+    counts = {word: int((record.status == word).sum()) for word in DOUBTFUL}
+    if any(counts.values()):
+        words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
         message = f"of {len(record)} data: {words}. See LogMarginal.status and .khat; {record.verdict}"
         warn_caller(message, UnreliableEstimateWarning)

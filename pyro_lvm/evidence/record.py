@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_lvm.ops import STATUSES
+from pyro_lvm._version import __version__
+from pyro_lvm.ops import DOUBTFUL, STATUSES
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["LogMarginal", "to_arviz"]
+__all__ = ["LogMarginal", "exact_record", "to_arviz"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,13 +93,23 @@ class LogMarginal:
         return {word: share for word, share in shares.items() if share}
 
     @property
+    def doubt(self) -> str:
+        """Words on the data whose value is not to be quoted; empty if there are none."""
+        shares = self.status_shares()
+        return ", ".join(f"{word} for {shares[word]:.1%}" for word in DOUBTFUL if word in shares)
+
+    @property
     def verdict(self) -> str:
         """One plain sentence on what may be said with these numbers."""
         shares = self.status_shares()
-        bad = {w: s for w, s in shares.items() if w in ("unreliable", "no_support", "nonfinite")}
-        if bad:
-            words = ", ".join(f"{w} for {s:.1%}" for w, s in bad.items())
-            return f"not to be quoted as log p(x): {words} of the data. More particles, or a guide that fits better."
+        if self.doubt:
+            cures = {
+                "unreliable": "More particles, or a guide that fits better.",
+                "no_support": "The model excludes what the guide proposes there.",
+                "nonfinite": "Look for NaN in data, parameters or densities.",
+            }
+            cure = " ".join(cures[word] for word in DOUBTFUL if word in shares)
+            return f"not to be quoted as log p(x): {self.doubt} of the data. {cure}"
         if "heavy_tail" in shares:
             return f"usable; the stated error is optimistic for the {shares['heavy_tail']:.1%} with heavy tails."
         if set(shares) == {"exact"}:
@@ -112,28 +123,45 @@ class LogMarginal:
         tail = "no k-hat"
         if len(khat):
             tail = f"k-hat median {khat.median():.2f}, above 0.7 for {float((khat > 0.7).double().mean()):.1%}"
-        efficiency = float(self.ess.median()) / self.num_particles
+        efficiency = (
+            f"ESS/K median {float(self.ess.median()) / self.num_particles:.2f};  " if self.num_particles > 1 else ""
+        )
         shares = ", ".join(f"{word} {share:.1%}" for word, share in self.status_shares().items())
         return "\n".join(
             [
-                f"LogMarginal: {len(self)} data, {self.method}, K = {self.num_particles}",
-                f"  log p(x)  {self.mean_with_error()} nats a datum",
-                f"  ELBO      {float(self.elbo.mean()):.4f};  ESS/K median {efficiency:.2f};  {tail}",
+                f"LogMarginal: {self._data}, {self.method}, K = {self.num_particles}",
+                f"  log p(x)  {self.mean_with_error()} nats{'' if self._joint else ' a datum'}",
+                f"  ELBO      {float(self.elbo.mean()):.4f};  {efficiency}{tail}",
                 f"  status    {shares}",
                 f"  verdict   {self.verdict}",
             ]
         )
 
-    def mean_with_error(self) -> str:
+    @property
+    def _joint(self) -> bool:
+        return "data_plate" in self.provenance and self.provenance["data_plate"] is None
+
+    @property
+    def _data(self) -> str:
+        num_data = self.provenance.get("num_data", len(self))
+        if self._joint:
+            return f"one joint result of {num_data} data"
+        unfinished = not self.provenance.get("finished", True)
+        return f"{len(self)} of {num_data} data (interrupted)" if unfinished else f"{len(self)} data"
+
+    def mean_with_error(self, digits: int = 4) -> str:
         """The mean with its error, or with its bias where a +- would hide it."""
+        mean = f"{self.mean:.{digits}f}"
         if not math.isfinite(self.mean_stderr) or not math.isfinite(self.mean):
-            return f"{self.mean:.4f} (no error estimate)"
-        data = f"data +- {self.data_stderr:.2g}" if len(self) > 1 else "one datum"
+            return f"{mean} (no error estimate)"
+        data = "" if len(self) == 1 else f"data +- {self.data_stderr:.2g}"
         if self.mean_stderr == 0:
-            return f"{self.mean:.4f} ({data})"
+            return f"{mean} ({data})" if data else mean
         if abs(self.mean_bias) > 0.25 * self.mean_stderr:
-            return f"{self.mean:.4f} (bias about {self.mean_bias:.2g}; {data})"
-        return f"{self.mean:.4f} +- {self.mean_stderr:.2g} ({data})"
+            # Where weights are unreliable their variance, and so the bias, is underestimated.
+            about = "at least" if self.doubt else "about"
+            return f"{mean} (bias {about} {self.mean_bias:.2g}{'; ' if data else ''}{data})"
+        return f"{mean} +- {self.mean_stderr:.2g}{' (' + data + ')' if data else ''}"
 
     def to_datatree(self) -> "xarray.DataTree":
         """The record as an ``xarray.DataTree`` with one group, ``importance``, over the dimension ``datum``."""
@@ -151,6 +179,26 @@ class LogMarginal:
     def to_arviz(self) -> Any:
         """The record as ArviZ's own container: ``InferenceData`` in 0.x, ``DataTree`` in 1.x."""
         return to_arviz(self.to_datatree())
+
+
+def exact_record(value: torch.Tensor, method: str, num_terms: int, provenance: dict[str, Any]) -> LogMarginal:
+    """A record without error: status ``exact``, ``no_support`` at -inf, ``nonfinite`` at NaN and infinity."""
+    value = value.double()
+    zero = torch.zeros_like(value)
+    status = np.where(value.isneginf().cpu().numpy(), "no_support", "nonfinite")
+    versions = {"pyro_lvm": __version__, "torch": torch.__version__}
+    return LogMarginal(
+        value=value,
+        stderr=zero,
+        bias=zero,
+        elbo=value,
+        ess=torch.full_like(value, num_terms),
+        khat=torch.full_like(value, math.nan),
+        status=np.where(value.isfinite().cpu().numpy(), "exact", status),
+        num_particles=num_terms,
+        method=method,
+        provenance={"num_data": len(value), "device": str(value.device), "versions": versions} | provenance,
+    )
 
 
 def to_arviz(tree: "xarray.DataTree") -> Any:

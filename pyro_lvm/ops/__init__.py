@@ -19,7 +19,7 @@ from pyro_lvm.ops.pareto import (
     pareto_smooth,
     tail_size,
 )
-from pyro_lvm.ops.status import STATUSES, classify, status_names
+from pyro_lvm.ops.status import DOUBTFUL, STATUSES, classify, status_names
 from pyro_lvm.ops.streaming import WeightAccumulator, WeightSummary
 from pyro_lvm.ops.weights import (
     delta_bias,
@@ -31,6 +31,7 @@ from pyro_lvm.ops.weights import (
 )
 
 __all__ = [
+    "DOUBTFUL",
     "STATUSES",
     "WeightAccumulator",
     "WeightMoments",

@@ -8,10 +8,14 @@ import torch
 from pyro_lvm._checks import check_positive_int
 from pyro_lvm.ops.pareto import khat_threshold
 
-__all__ = ["STATUSES", "classify", "status_names"]
+__all__ = ["DOUBTFUL", "STATUSES", "classify", "status_names"]
 
 #: Statuses from the best to the worst; a code is an index into this tuple. ``exact`` is never given by weights.
 STATUSES = ("exact", "zero_variance", "no_fault_found", "heavy_tail", "unreliable", "no_support", "nonfinite")
+
+
+#: Statuses of a value that is not to be quoted.
+DOUBTFUL = ("unreliable", "no_support", "nonfinite")
 
 
 def classify(

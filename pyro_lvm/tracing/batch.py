@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from pyro_lvm._checks import refuse
@@ -62,6 +63,7 @@ def make_batch(x: torch.Tensor, args: Sequence[Any], data_args: DataArgs = "auto
     Raises:
         ShapeError: an argument named in ``data_args`` has not one row per datum.
     """
+    args = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in args]
 
     def has_rows(a: Any) -> bool:
         return isinstance(a, torch.Tensor) and a.dim() > 0 and len(a) == len(x)

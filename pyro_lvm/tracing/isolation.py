@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_lvm.tracing.params import anchor
 
-__all__ = ["eval_mode", "forked_rng", "validation"]
+__all__ = ["eval_mode", "evaluation_rng", "forked_rng", "validation"]
 
 
 @contextmanager
@@ -33,6 +33,15 @@ def forked_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Iterat
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def evaluation_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> AbstractContextManager[None]:
+    """`forked_rng` with a stream of its own for each seed.
+
+    A script that makes its data after ``torch.manual_seed(0)`` and estimates with ``seed=0`` must not draw latents that
+    are the noise in the data.
+    """
+    return forked_rng(None if seed is None else (seed * 0x9E3779B1 + 0x7F4A7C15) % 2**32, devices)
 
 
 @contextmanager

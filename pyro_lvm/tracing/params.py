@@ -14,8 +14,9 @@ import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -25,7 +26,16 @@ from pyro_lvm._checks import warn_caller
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError, UntrainedParameterWarning
 
-__all__ = ["Fitted", "Params", "anchor", "current_params", "evaluation_store", "module_parameters", "training_store"]
+__all__ = [
+    "Fitted",
+    "Params",
+    "anchor",
+    "current_params",
+    "evaluation_store",
+    "module_parameters",
+    "same_program",
+    "training_store",
+]
 
 #: name -> (unconstrained tensor, constraint); the tensors are live, not copies.
 Params = dict[str, tuple[torch.Tensor, Any]]
@@ -49,12 +59,11 @@ class _Entry:
         return bool(self.witnesses) and not any(n in here and here[n][0] is t for n, (t, _) in self.witnesses.items())
 
 
-@dataclass
 class _Record:
-    """What one callable has learned, one entry for each callable that it was paired with, latest last."""
+    """What one callable has learned: an entry for each callable that it was paired with and that lives, latest last."""
 
-    token: object = field(default_factory=object)
-    by_partner: dict[object, _Entry] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.by_partner: WeakKeyDictionary[_Record, _Entry] = WeakKeyDictionary()
 
 
 _records: Any = WeakIdKeyDictionary()  # function or bound object -> {rest of the key: _Record}
@@ -111,23 +120,22 @@ def _record(program: Callable[..., Any], create: bool = False) -> _Record:
 
 def current_params() -> Params:
     """The contents of the current param store."""
-    state = pyro.get_param_store().get_state()
-    return {name: (value, state["constraints"][name]) for name, value in state["params"].items()}
+    store = pyro.get_param_store()  # whose get_state() would cut the ties of module parameters to their names
+    return {name: (value, store._constraints[name]) for name, value in store.named_parameters()}
 
 
 @contextmanager
 def _installed(params: Params) -> Iterator[None]:
     """Put ``params`` in the place of the current store's contents; restore those on the way out."""
     store = pyro.get_param_store()
-    outer = store.get_state()
-
+    outer = current_params()
     store.clear()
     _add_to_store(params)
     try:
         yield
     finally:
         store.clear()
-        store.set_state(outer)
+        _add_to_store(outer)
 
 
 def _add_to_store(params: Params) -> None:
@@ -144,9 +152,9 @@ def _learned_by(program: Callable[..., Any], partner: Callable[..., Any] | None)
     if isinstance(program, Fitted):
         return program.params
     entries = _record(program).by_partner
-    token = _record(partner).token if partner is not None else None
-    if token in entries:
-        return {} if entries[token].forgotten() else entries[token].params
+    entry = None if partner is None else entries.get(_record(partner))
+    if entry is not None:
+        return {} if entry.forgotten() else entry.params
     candidates = [entry.params for entry in entries.values() if not entry.forgotten()]
     if not all(_same(candidates[-1], other) for other in candidates):
         name = getattr(program, "__qualname__", type(program).__name__)
@@ -155,6 +163,12 @@ def _learned_by(program: Callable[..., Any], partner: Callable[..., Any] | None)
             "different values. Pass the pair that it was fitted in, or `FitResult.model` / `FitResult.guide`."
         )
     return candidates[-1] if candidates else {}
+
+
+def same_program(one: tuple[Model, Guide | None], other: tuple[Model, Guide | None]) -> bool:
+    """Whether the models of two pairs are one callable with the same learned values."""
+    (a, rest_a), (b, rest_b) = _identity(one[0]), _identity(other[0])
+    return a is b and rest_a == rest_b and _same(_learned_by(*one), _learned_by(*other))
 
 
 def learned(model: Model, guide: Guide | None) -> Params:
@@ -194,7 +208,7 @@ def _check_not_taken(model: Model, guide: Guide | None, here: Params) -> None:
     for program, partner in ((model, guide), (guide, model)):
         if program is None or partner is None or isinstance(program, Fitted):
             continue
-        entry = _record(program).by_partner.get(_record(partner).token)
+        entry = _record(program).by_partner.get(_record(partner))
         if entry is not None and entry.forgotten():
             taken = [n for n in entry.params if n in here and _owners(n, here[n][0])]
             if taken:
@@ -217,7 +231,7 @@ def _owners(name: str, tensor: torch.Tensor) -> set[Pair]:
     """The pairs that learned this very tensor under this name."""
     records = [record for rest in _records.values() for record in rest.values()]
     return {
-        frozenset((record.token, partner))
+        frozenset((record, partner))
         for record in records
         for partner, entry in record.by_partner.items()
         if entry.params.get(name, (None,))[0] is tensor
@@ -257,13 +271,15 @@ def training_store(
     with _installed(before):
         model_names, guide_names = parameter_names()
         mine = current_params()
-    tokens = _record(model, create=True).token, _record(guide, create=True).token
-    clashes = _clashes(mine, frozenset(tokens), trainable)
+    records = _record(model, create=True), _record(guide, create=True)
+    clashes = _clashes(mine, frozenset(records), trainable)
     if clashes:
         names = list(clashes)
         shown = str(names) if len(names) < 4 else f"{names[:3]} and {len(names) - 3} more"
-        logger.warning("parameters %s of the param store belong to another pair: this pair trains in its own", shown)
-    refit = tokens[1] in _record(model).by_partner
+        logger.warning(
+            "parameters %s of the param store belong to another pair: this pair trains in a store of its own", shown
+        )
+    refit = records[1] in records[0].by_partner
     start = mine | ({} if refit else {n: _copy(p) for n, p in before.items()})
     result: dict[str, Params] = {"params": {}}
     with _installed(start) if clashes else nullcontext():
@@ -286,8 +302,8 @@ def _remember(model: Model, guide: Guide, model_names: set[str], guide_names: se
     """Note which parameters each callable of the pair has learned; returns all of them."""
     here = current_params()
     for program, partner, names in ((model, guide, model_names), (guide, model, guide_names)):
-        record, token = _record(program), _record(partner).token
+        record, other = _record(program), _record(partner)
         params = {n: here[n] for n in sorted(names) if n in here}
-        record.by_partner.pop(token, None)  # so that it becomes the latest
-        record.by_partner[token] = _Entry(params, clashes or params)
+        record.by_partner.pop(other, None)  # so that it becomes the latest
+        record.by_partner[other] = _Entry(params, clashes or params)
     return {n: here[n] for n in sorted(model_names | guide_names) if n in here}

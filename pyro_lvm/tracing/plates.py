@@ -21,13 +21,13 @@ def nesting(*traces: Trace) -> int:
 
 
 def site_table(*traces: Trace) -> str:
-    """One line a site: its name, its kind and its plates with their sizes, for error messages."""
+    """One line a site: its name, its kind and its plates, for error messages."""
     lines = []
     for program, trace in zip(("model", "guide"), traces, strict=False):
         for name, site in trace.items():
             if is_latent(site) or is_observed(site):
                 kind = "latent" if is_latent(site) else "observed"
-                plates = ", ".join(f"{f.name} (size {f.size})" for f in site["cond_indep_stack"])
+                plates = ", ".join(repr(f.name) for f in site["cond_indep_stack"])
                 lines.append(f"  {program} {kind} {name!r}: {'plates ' + plates if plates else 'no plate'}")
     return "\n" + "\n".join(lines)
 

@@ -25,6 +25,8 @@ from pyro_lvm.tracing.tables import Table, agree
 
 __all__ = ["PROBE_ROWS", "Plan", "empty_guide", "probe_pair", "run_pair"]
 
+_CPU_BYTES = 2**26  # what one chunk may allocate: a few times the cache, far below what a process has
+_ROWS = {"cpu": 128, "cuda": 1024}  # data a chunk: the guide runs once for each
 PROBE_ROWS = 3  # data in a probe: enough for a neighbour on either side
 _PARTICLES = 3
 
@@ -60,6 +62,15 @@ class Plan:
     def model_runner(self, model: Model) -> Runner:
         """The model, ready to be run for K particles."""
         return model_runner(model, self.model_layout, self.match)
+
+    def chunk_sizes(self, num_data: int, num_particles: int, device: torch.device) -> tuple[int, int]:
+        """(data, particles) to run at once within a memory budget."""
+        budget, most_rows = _CPU_BYTES, _ROWS.get(device.type, _ROWS["cpu"])
+        if device.type == "cuda":
+            budget = torch.cuda.mem_get_info(device)[0] // 4
+        rows = num_data if self.tied else min(num_data, most_rows, max(1, budget // self.bytes_per_particle))
+        counted = 1 if self.model_layout.plate is None else rows
+        return rows, max(1, min(num_particles, budget // (self.bytes_per_particle * counted)))
 
     @property
     def exact(self) -> bool:
@@ -293,7 +304,8 @@ def _check_uncoupled(program: str, runner: Runner, batch: Batch, expected: Table
             raise PlateError(
                 f"{program}: expected data that are independent given their latents, got densities of one datum that "
                 "change with the other data in x. Remove what couples them (a batch mean, batch normalisation that is "
-                "always in train mode, a dependence on neighbours), or ask for one joint result with data_plate=None."
+                "always in train mode, a dependence on neighbours), pass data_args=() if an argument has len(x) rows "
+                "by chance, or ask for one joint result with data_plate=None."
             )
 
 

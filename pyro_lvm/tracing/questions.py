@@ -8,11 +8,11 @@ import torch
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.tracing.batch import Batch, Rows, make_batch
 from pyro_lvm.tracing.intercept import is_latent, is_observed, run
-from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
-from pyro_lvm.tracing.params import evaluation_store, module_parameters
+from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
+from pyro_lvm.tracing.params import evaluation_store, module_parameters, same_program
 from pyro_lvm.tracing.plates import common_plates, find_plate, nesting
 from pyro_lvm.tracing.probe import PROBE_ROWS, empty_guide, run_pair
-from pyro_lvm.tracing.tables import agree, tabulate
+from pyro_lvm.tracing.tables import Table, agree, tabulate
 
 __all__ = ["batch_plate", "count_parameters", "parameter_names", "same_model"]
 
@@ -50,33 +50,42 @@ def count_parameters(model: Model, guide: Guide | None, data: Rows) -> int:
     """Number of scalars in the parameters that a pair uses, and in those of the modules that its callables are."""
     guide = guide or empty_guide
     parameters = {id(p): p.numel() for program in (model, guide) for p in module_parameters(program)}
-    with evaluation_store(model, guide), torch.no_grad(), forked_rng(0):
+    with evaluation_store(model, guide), torch.no_grad(), evaluation_rng(0):
         for size in (PROBE_ROWS, len(data)):  # some pairs only run on all of their data
             with suppress(Exception):  # and a model with a log_prob need not be a Pyro program
                 pair = run_pair(model, guide, data.rows(slice(0, size)))
                 sites = (s for t in (pair.model, pair.guide) for s in t.values() if s["type"] == "param")
-                leaves = [s["value"].unconstrained() for s in sites]
+                leaves = [getattr(s["value"], "unconstrained", lambda s=s: s["value"])() for s in sites]
                 parameters |= {id(leaf): leaf.numel() for leaf in leaves}
                 break
     return sum(parameters.values())
 
 
-def same_model(one: tuple[Model, Guide | None], other: tuple[Model, Guide | None], data: Rows) -> bool:
-    """Whether two pairs have one model: its log p(x, z) agrees at latents drawn from the first guide."""
-    few = data.rows(slice(0, min(len(data), PROBE_ROWS)))
-    tables = []
-    with torch.no_grad(), forked_rng(0), validation(False):
-        try:
-            with evaluation_store(*one):
-                proposed = run(one[1] or empty_guide, few.args)
-            values = {n: s["value"] for n, s in proposed.items() if is_latent(s)}
-            for model, guide in (one, other):
-                with evaluation_store(model, guide), eval_mode(model):
-                    trace = run(model, few.args, values=values)
-                    sites = [n for n, s in trace.items() if (is_latent(s) and n in values) or is_observed(s)]
-                    missing = [n for n, s in trace.items() if is_latent(s) and n not in values]
-                    depth = nesting(trace)
-                    tables.append((sites, missing, tabulate(trace, sites, None, 1, batch_dims=depth)))
-        except Exception:  # noqa: BLE001 - programs that cannot be run on the same latents do not share a model
+def same_model(one: tuple[Model, Guide | None], other: tuple[Model, Guide | None], data: Rows) -> bool | None:
+    """Whether two pairs have one model: the same callable, or the same log p(x, z) at shared latents.
+
+    Returns None where no latents could be drawn that both models run on.
+    """
+    if same_program(one, other):
+        return True
+    for size in (PROBE_ROWS, len(data)):  # some pairs only run on all of their data
+        with suppress(Exception):  # a model with a log_prob need not be a Pyro program
+            return _same_density(one, other, data.rows(slice(0, size)))
+    return None
+
+
+def _same_density(one: tuple[Model, Guide | None], other: tuple[Model, Guide | None], batch: Batch) -> bool:
+    values: dict[str, torch.Tensor] = {}
+    tables: list[tuple[list[str], Table]] = []
+    for model, guide in (one, other):
+        with evaluation_store(model, guide), eval_mode(model), evaluation_rng(0), validation(False), torch.no_grad():
+            if not tables:  # every latent, also those that the guide leaves to enumeration
+                proposed = run(guide or empty_guide, batch.args)
+                values = {n: s["value"] for n, s in proposed.items() if is_latent(s)}
+                values |= {n: s["value"] for n, s in run(model, batch.args, values=values).items() if is_latent(s)}
+            trace = run(model, batch.args, values=values)
+        sites = sorted(n for n, s in trace.items() if is_latent(s) or is_observed(s))
+        if not {n for n, s in trace.items() if is_latent(s)} <= values.keys():
             return False
-    return tables[0][:2] == tables[1][:2] and agree(tables[0][2], tables[1][2])
+        tables.append((sites, tabulate(trace, sites, None, 1, batch_dims=nesting(trace))))
+    return tables[0][0] == tables[1][0] and agree(tables[0][1], tables[1][1])

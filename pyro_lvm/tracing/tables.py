@@ -7,6 +7,7 @@ which tells rounding noise from real spread.
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -123,12 +124,13 @@ def _eliminate(factors: list[tuple[Site, torch.Tensor]], plate: str | None, batc
     """
     symbols: dict[Any, str] = defaultdict(lambda: chr(ord("a") + len(symbols)))
     tree: OrderedDict[frozenset[str], list[torch.Tensor]] = OrderedDict()
+    dtype = reduce(torch.promote_types, (log_prob.dtype for _, log_prob in factors))
     for site, log_prob in factors:
         plates = {frame.dim: symbols[frame.name] for frame in vectorised_frames(site)}
         left = range(-log_prob.dim(), -batch_dims)
         identity = site["infer"].get("_dim_to_id", {})  # a Markov chain uses a dimension for one variable after another
         kept = plates | {dim: symbols[identity.get(dim, dim)] for dim in left if log_prob.shape[dim] != 1}
-        term = log_prob.squeeze([dim for dim in range(-log_prob.dim(), 0) if dim not in kept])
+        term = log_prob.to(dtype).squeeze([dim for dim in range(-log_prob.dim(), 0) if dim not in kept])
         term._pyro_dims = "".join(kept[dim] for dim in sorted(kept))  # type: ignore[attr-defined]
         tree.setdefault(frozenset(plates.values()), []).append(term)
     variables = {letter for key, letter in symbols.items() if isinstance(key, int)}

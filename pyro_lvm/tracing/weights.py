@@ -11,7 +11,7 @@ from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
 from pyro_lvm.tracing.intercept import element_constraint, is_latent, run
-from pyro_lvm.tracing.isolation import eval_mode, forked_rng, validation
+from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
 from pyro_lvm.tracing.particles import Draws, Runner, draw_from
 from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
@@ -61,7 +61,7 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
     """
     if not plan.bounded_data:
         return
-    with forked_rng(0, [batch.args[0].device]):
+    with evaluation_rng(0, [batch.args[0].device]):
         values = {n: s["value"] for n, s in run(guide, batch.args).items() if is_latent(s)}
         trace = run(model, batch.args, values=values)
     for name, outside in outside_data(trace).items():
@@ -73,8 +73,8 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
         constraint = element_constraint(site["fn"].support)
         example = site["value"][~constraint.check(site["value"])][0].tolist()
         raise SupportError(
-            f"observed site {name!r}: expected values in {constraint}, got {example}{where}. A likelihood has no "
-            "density there: transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
+            f"observed site {name!r}: expected values in {constraint}, got {example}{where}. No density is there: "
+            "transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         )
 
 
@@ -136,11 +136,11 @@ def log_weights(
     guide = guide or empty_guide
     devices = [batch.args[0].device]
     with evaluation(model, guide):
-        with forked_rng(0, devices):
+        with evaluation_rng(0, devices):
             plan = probe_pair(model, guide, batch, data_plate, vectorize)
             with torch.no_grad(), validation(False):
                 check_data(plan, model, guide, batch)
-        with forked_rng(seed, devices), validation(False):
+        with evaluation_rng(seed, devices), validation(False):
             return weight_table(plan, model, Proposal(plan, guide, batch), num_particles).total
 
 
