@@ -32,7 +32,8 @@ class Autoregressive(nn.Module):
 
     Args:
         data_dim: D.
-        hidden_dims: widths of the hidden layers; D or more each, so that every unit's degree occurs.
+        hidden_dims: widths of the hidden layers. In one with fewer than D units, the conditionals of the last
+            dimensions see less than all before them.
 
     Raises:
         DataTypeError: a size is not an integer.
@@ -40,7 +41,7 @@ class Autoregressive(nn.Module):
         SupportError: (when used) x holds other values than 0 and 1.
 
     Source: Germain, Gregor, Murray and Larochelle (2015), MADE: Masked Autoencoder for Distribution Estimation,
-    Eqs. (3), (12) and (13).
+    Sections 3 and 4.
 
     Example:
         >>> model = Autoregressive(2, [8])
@@ -74,7 +75,7 @@ class Autoregressive(nn.Module):
         return output(x)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        """Exact log p(x) in nats, ``(...)``, of x ``(..., D)`` (Eq. 3)."""
+        """Exact log p(x) in nats, ``(...)``, of x ``(..., D)``."""
         self._check(x)
         check_binary("x", x)
         x = x.to(next(self.parameters()).dtype)

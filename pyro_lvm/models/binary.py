@@ -1,8 +1,8 @@
 r"""Binary latents: the discrete model whose sum over all z is exact but exponential in their number.
 
 z ~ Bernoulli(sigma(a)), x | z ~ Bernoulli(sigma(f(z))), so that p(x) is a mixture of 2^L products of Bernoullis. With a
-linear f it is a sigmoid belief network with one hidden layer (Neal 1992, Connectionist learning of belief networks,
-Section 3).
+linear f it is a sigmoid belief network with one hidden layer (Neal 1992, Connectionist learning of belief
+networks).
 """
 
 import time
