@@ -23,7 +23,7 @@ from pyro_lvm.tracing.plates import check_enclosed, find_guide_plate, find_plate
 from pyro_lvm.tracing.sites import Match, check_determined, guide_sites, has_bounded_data, match_sites
 from pyro_lvm.tracing.tables import Table, agree
 
-__all__ = ["PROBE_ROWS", "Plan", "empty_guide", "probe_pair", "run_pair"]
+__all__ = ["MISMATCH", "PROBE_ROWS", "Plan", "empty_guide", "probe_pair", "run_or_explain", "run_pair"]
 
 _CPU_BYTES = 2**26  # what one chunk may allocate: a few times the cache, far below what a process has
 _ROWS = {"cpu": 128, "cuda": 1024}  # data a chunk: the guide runs once for each
@@ -132,7 +132,7 @@ def _plain_runs(model: Model, guide: Guide, data: Rows, data_plate: DataPlate) -
     """Runs at one or two sizes, and whether the pair is tied to the whole data set."""
     lazy = getattr(guide, "prototype_trace", ...) is None  # an AutoGuide takes the size of its first data for good
     if data_plate is None or lazy:
-        whole = _run_or_explain(model, guide, data.rows(slice(0, len(data))))
+        whole = run_or_explain(model, guide, data.rows(slice(0, len(data))))
         if data_plate is None:
             return [whole], True
     few = _few(data)
@@ -144,7 +144,7 @@ def _plain_runs(model: Model, guide: Guide, data: Rows, data_plate: DataPlate) -
             return runs, False
     except Exception:  # noqa: BLE001 - whatever a program raises on part of the data, all of the data decide
         pass
-    return [_run_or_explain(model, guide, data.rows(slice(0, len(data))))], True
+    return [run_or_explain(model, guide, data.rows(slice(0, len(data))))], True
 
 
 def _few(data: Rows) -> Batch:
@@ -170,18 +170,18 @@ def _follows(runs: Sequence[Run], data_plate: str) -> bool:
     return not sequential and all(size <= {len(r.batch)} for size, r in zip(sizes, runs, strict=True))
 
 
-_MISMATCH = re.compile(
+MISMATCH = re.compile(
     r"Shape mismatch inside plate\('(?P<plate>.+)'\) at site (?P<site>\S+) dim \S+, (?P<size>\d+) vs (\d+)"
 )
 
 
-def _run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
+def run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
     """Run on all data; turn what Pyro says of a shape or of a parameter into what to do about it."""
     try:
         with validation(not batch.has_nan()):  # which torch would refuse as a parameter that an encoder made of it
             return run_pair(model, guide, batch)
     except ValueError as error:
-        if found := _MISMATCH.search(str(error)):
+        if found := MISMATCH.search(str(error)):
             if int(found["size"]) == len(batch) and _guide_follows(guide, batch, found["plate"]):
                 raise SiteError(
                     f"site {found['site']!r}: {error}. Dimensions to the right of the plates belong to the event: "

@@ -1,5 +1,6 @@
 """The plain engine: Pyro's `SVI`, one step after the other, with callbacks around it."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,14 @@ from pyro_lvm.tracing.isolation import eval_mode, validation
 from pyro_lvm.tracing.params import anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches
+from pyro_lvm.training.diagnosis import explained
 from pyro_lvm.training.objective import Args, Objective, make_objective
 from pyro_lvm.training.optimizers import GuardedOptimizer, MakeOptimizer, clear_gradients, refused_as_nonfinite
 from pyro_lvm.training.state import History, TrainingState
 
 __all__ = ["HOOKS", "Engine", "Hooks"]
+
+logger = logging.getLogger("pyro_lvm")
 
 #: What a callback may implement.
 HOOKS = ("on_start", "on_step", "on_epoch", "on_end")
@@ -61,13 +65,18 @@ class Engine:
 
         Raises:
             ParameterError: nothing to train.
+            PlateError, SiteError: the pair does not fit the batch.
         """
         _check_one_tensor_a_name(self.model, self.guide)
         known = current_params()
-        with self._unnoticed():
-            self.names = parameter_names(self.model, self.guide, *self.batch)
-            num_data = self.batches.num_data
-            self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
+        try:
+            with self._unnoticed():
+                self.names = parameter_names(self.model, self.guide, *self.batch)
+                num_data = self.batches.num_data
+                self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
+        except ValueError as error:
+            self._explain(error)
+            raise
         if not any(map(self.trainable, self.names[0] | self.names[1])):
             half = "pair" if self.update == "both" else self.update
             cure = 'Declare one by pyro.param, pyro.module or a PyroModule; what both halves use is trained by "both".'
@@ -81,6 +90,13 @@ class Engine:
         """Run the pair and leave no random number drawn, no batch statistic updated; a NaN in the data is no error."""
         with torch.random.fork_rng(devices=self.devices), eval_mode(self.model, self.guide), validation(False):
             yield
+
+    def _explain(self, error: ValueError) -> None:
+        """Raise what Pyro's error on this batch means, if that is sure."""
+        with self._unnoticed():
+            named = explained(error, self.model, self.guide, self.batch, self.batches.num_data)
+        if named is not None:
+            raise named from error
 
     def _forget_initial_values(self) -> None:
         """Leave creating parameters to the first step, so that they use the random numbers that `SVI` would use."""
@@ -148,6 +164,7 @@ class Engine:
             svi.step(*batch)
         except ValueError as error:
             if not refused_as_nonfinite(error):
+                self._explain(error)
                 raise
             self._clear_gradients()  # of the particles before the one that was refused
             guard.undo_overflow()
@@ -155,6 +172,12 @@ class Engine:
         state.loss = float(guard.loss) / self.objective.num_data(batch)
         self.streak = 0 if guard.finite else self.streak + 1
         self.skipped += not guard.finite
+        if state.step == 1 and self.objective.outside:  # a likelihood that is validated would have raised
+            logger.warning(
+                "observed sites %s have values outside of their support (grey pixels under a Bernoulli?), where no "
+                "density is: they are trained on as they are, and the evaluators will refuse them",
+                self.objective.outside,
+            )
 
     def _note(self, started: float) -> None:
         """Write the row of this step, tell the callbacks, and give up where too little is finite."""

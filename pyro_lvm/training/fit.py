@@ -52,7 +52,8 @@ def fit(
     param store. If names there belong to another pair, this one trains in a store of its own, said once in the log.
 
     A step whose loss or gradient is not finite is skipped and counted: no parameter changes, also no running average of
-    the optimizer. Ten in a row, or a tenth of all steps after the first hundred, end the run.
+    the optimizer. Ten in a row, or a tenth of all steps after the first hundred, end the run. To undo an update that
+    overflows, one copy of the trained parameters is kept beside them, in the memory of their device.
 
     Args:
         model: any callable that takes the data and makes Pyro statements.
@@ -81,7 +82,10 @@ def fit(
     Raises:
         DataTypeError: an argument of the wrong kind, or not exactly one of ``num_epochs`` and ``num_steps``.
         ShapeError: no data, or a number that is too small.
-        SiteError: ``loss`` is None and the guide lacks a latent that cannot be enumerated.
+        SiteError: ``loss`` is None and the guide lacks a latent that cannot be enumerated; a ``to_event`` is missing.
+        PlateError: a plate has not the size of the data, or the guide has parameters for each datum (an AutoGuide with
+            latents in the data plate) and ``batch_size`` is less than N.
+        SupportError: validation refuses data outside the support of their likelihood.
         ParameterError: nothing to train.
 
     Warns:

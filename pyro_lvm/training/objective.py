@@ -28,6 +28,7 @@ from pyro_lvm.tracing.intercept import (
 from pyro_lvm.tracing.isolation import eval_mode
 from pyro_lvm.tracing.plates import nesting
 from pyro_lvm.tracing.questions import batch_plate
+from pyro_lvm.training.diagnosis import check_follows_batches, outside_sites
 
 __all__ = ["Objective", "make_objective"]
 
@@ -46,12 +47,14 @@ class Objective:
         guide: the guide, likewise.
         loss: a Pyro loss object or a function ``loss(model, guide, *args)``.
         total: the number of data that a loss stands for; None where it is that of the batch.
+        outside: observed sites with values outside of their support in the first batch.
     """
 
     model: Program
     guide: Program
     loss: Any
     total: int | None
+    outside: list[str]
 
     def num_data(self, batch: Args) -> int:
         """The number of data that the loss of this batch stands for."""
@@ -65,8 +68,10 @@ def make_objective(
 
     Raises:
         SiteError: no loss is given and the guide lacks a latent that cannot be enumerated.
-        PlateError: the loss must be scaled to the data set, and cannot be.
+        PlateError: the guide has parameters for each datum and a batch is not all data, or the loss must be scaled to
+            the data set, and cannot be.
     """
+    check_follows_batches(model, guide, batch, num_data)
     guide_trace, model_trace = _run_pair(model, guide, batch)
     programs = {"model": model, "guide": guide}
     total = _scaled_by_itself(model_trace, len(batch[0]), num_data)
@@ -91,7 +96,7 @@ def make_objective(
     if loss is None:
         loss, enumerate_model = _default_loss(model_trace, guide_trace)
         programs["model"] = config_enumerate(programs["model"]) if enumerate_model else programs["model"]
-    return Objective(programs["model"], programs["guide"], loss, total)
+    return Objective(programs["model"], programs["guide"], loss, total, outside_sites(model_trace))
 
 
 def _is_messenger(program: Program) -> bool:

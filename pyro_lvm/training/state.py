@@ -102,12 +102,14 @@ class FitResult:
 
     def __repr__(self) -> str:
         finite = self.losses[self.losses.isfinite()]
-        first, last = (float(part.mean()) if len(part) else math.nan for part in (finite[:1], finite[-100:]))
+        latest = finite[-100:]
+        first, last = (float(part.mean()) if len(part) else math.nan for part in (finite[:1], latest))
         size = sum(value.numel() for value in self.params.values())
+        window = f"mean of the last {len(latest)} steps"
         return "\n".join(
             (
                 f"FitResult: {self.num_steps} steps in {self.seconds:.1f} s, stopped by {self.stop_reason}",
-                f"  loss        {last:.4f} nats per datum (mean of the last 100 steps), {first:.4f} at the first",
+                f"  loss        {last:.4f} nats per datum ({window}), {first:.4f} at the first",
                 f"  skipped     {self.skipped} steps with a loss or gradient that was not finite",
                 f"  parameters  {size} numbers under {len(self.params)} names",
                 f"  pair        {_name(self.model.program)}, {_name(self.guide.program)}",

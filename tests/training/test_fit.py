@@ -803,6 +803,7 @@ def test_the_record():
     lines = repr(result).split("\n")
     assert len(lines) == 5
     assert lines[0].startswith("FitResult: 6 steps in")
+    assert "(mean of the last 6 steps)" in lines[1]
     assert "13 numbers under 3 names" in lines[3]
     with pytest.raises(AttributeError):
         result.losses = None
