@@ -80,8 +80,8 @@ def finite_grid(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Grid:
                 "Declare their dimensions as the event with to_event."
             )
         if name in plan.match.sampled:
-            base = base_distribution(site["fn"])
-            axes.append(_Axis(name, site["fn"].event_shape, base.enumerate_support(expand=False).reshape(-1)))
+            values = base_distribution(site["fn"]).enumerate_support(expand=False).reshape(-1)
+            axes.append(_Axis(name, site["fn"].event_shape, values.to(batch.args[0].device)))
     grid = Grid(tuple(axes))
     return replace(grid, shared=_shared(grid, plan, model, batch))
 
