@@ -97,8 +97,8 @@ def delta_bias(log_weights: torch.Tensor) -> torch.Tensor:
 
     The leading term is :math:`-\mathrm{Var}(w) / (2 K p(x)^2)`. It has one sign for every datum, so it does not
     average out over data as the standard error does: a mean over N data keeps it in full. It is an estimate, not a
-    correction, and far too small where the tail is heavy. Sources: Nowozin 2018, proposition 1; Domke & Sheldon 2018,
-    theorem 3; Maddison et al. 2017, proposition 1, for estimators of p(x) in general.
+    correction, and far too small where the tail is heavy. Sources: Nowozin 2018 (debiasing evidence
+    approximations); Domke & Sheldon 2018; Maddison et al. 2017, for estimators of p(x) in general.
 
     Args:
         log_weights: Log-weights in nats, ``(K, N)``.
