@@ -15,7 +15,7 @@ from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
 from pyro_lvm.tracing.grid import Grid, finite_grid
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
-from pyro_lvm.tracing.probe import Plan, probe_pair
+from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair
 from pyro_lvm.tracing.proposals import uniform_guide
 from pyro_lvm.tracing.weights import check_data, evaluation
 
@@ -75,10 +75,11 @@ def enumeration(
     with evaluation(model, guide), torch.no_grad(), evaluation_rng(0, [device_of(source)]):
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
-            grid = finite_grid(plan, model, guide, source.rows(slice(0, 3)))
+            few = len(source) if plan.tied else min(len(source), PROBE_ROWS)
+            grid = finite_grid(plan, model, guide, source.rows(slice(0, few)))
             sizes = chunks or plan.chunk_sizes(len(source), grid.size, device_of(source))
-            _check_terms(plan, model, grid, source.rows(slice(0, sizes[0])), max_terms, len(source), sizes)
             step = len(source) if plan.tied else sizes[0]
+            _check_terms(plan, model, grid, source.rows(slice(0, step)), max_terms, len(source), sizes[1])
             bar = tqdm(total=grid.size * len(source), unit=" terms", unit_scale=True, disable=not shown(progress))
             with bar:
                 for start in range(0, len(source), step):
@@ -106,12 +107,10 @@ def _sum(plan: Plan, model: Model, grid: Grid, batch: Batch, terms: int, bar: An
     return total
 
 
-def _check_terms(
-    plan: Plan, model: Model, grid: Grid, batch: Batch, max_terms: int, num_data: int, sizes: tuple[int, int]
-) -> None:
+def _check_terms(plan: Plan, model: Model, grid: Grid, batch: Batch, max_terms: int, num_data: int, terms: int) -> None:
     if grid.size <= max_terms:
         return
-    trial = min(sizes[1], 256)
+    trial = min(terms, 256)
     grid.log_joint(plan, model, batch, 0, trial)  # the first run pays for what is done once
     began = time.perf_counter()
     grid.log_joint(plan, model, batch, 0, trial)

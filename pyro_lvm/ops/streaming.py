@@ -36,8 +36,6 @@ class WeightSummary:
         khat: Pareto tail index; NaN where there is no tail to fit.
         spread: Largest less smallest log-weight; NaN where every weight is zero.
         noise: Rounding error of a log-weight; a spread of no more is called zero.
-        num_nonfinite: Number of log-weights that are NaN or +inf (int64).
-        num_zero: Number of weights that are zero, log-weight -inf (int64).
         status: Codes, indices into :data:`~pyro_lvm.ops.STATUSES` (int64).
         num_particles: Number of particles K (one int).
     """
@@ -50,8 +48,6 @@ class WeightSummary:
     khat: torch.Tensor
     spread: torch.Tensor
     noise: torch.Tensor
-    num_nonfinite: torch.Tensor
-    num_zero: torch.Tensor
     status: torch.Tensor
     num_particles: int
 
@@ -85,8 +81,6 @@ class WeightAccumulator:
         self._smallest = torch.full_like(zeros, math.inf)  # (N,)
         self._log_sum = zeros  # (N,) sum of the log-weights
         self._noise = zeros  # (N,)
-        self._num_nonfinite = zeros.long()  # (N,)
-        self._num_zero = zeros.long()  # (N,)
         self._largest = zeros.new_empty(0, self.num_data)  # (up to M+1, N) descending
         self._table_size = tail_size(self.num_particles) + 1
 
@@ -115,8 +109,6 @@ class WeightAccumulator:
         self._moments = merge_moments(self._moments, weight_moments(table))
         self._smallest = torch.minimum(self._smallest, table.amin(dim=0))
         self._log_sum = self._log_sum + table.sum(dim=0)
-        self._num_nonfinite = self._num_nonfinite + (table.isnan() | table.isposinf()).sum(dim=0)
-        self._num_zero = self._num_zero + table.isneginf().sum(dim=0)
         pool = torch.cat([self._largest, table])  # (at most M+1+k, N)
         self._largest = pool.topk(min(self._table_size, len(pool)), dim=0).values
 
@@ -150,8 +142,6 @@ class WeightAccumulator:
             khat=khat,
             spread=spread,
             noise=self._noise,
-            num_nonfinite=self._num_nonfinite,
-            num_zero=self._num_zero,
             status=status,
             num_particles=seen,
         )

@@ -49,7 +49,6 @@ class Match:
         free: sites whose density cancels, for the model itself draws them: the unobserved half of an ``obs_mask``.
         determined: ``Delta`` sites that only the model has.
         check_support: sampled latents whose guide can leave the support of the model.
-        cardinality: joint number of values of the enumerated sites.
     """
 
     sampled: tuple[str, ...]
@@ -57,7 +56,6 @@ class Match:
     free: tuple[str, ...]
     determined: tuple[str, ...]
     check_support: frozenset[str]
-    cardinality: int
 
     def model_sites(self, trace: Trace) -> list[str]:
         """Sites of a model trace whose density counts; a ``Delta`` that only the model has counts with its own."""
@@ -103,7 +101,7 @@ def match_sites(model: Trace, guide: Trace) -> Match:
         )
     sampled = tuple(n for n in latents if n in proposals)
     unlike = {n for n in sampled if not _covers(n, latents[n]["fn"], proposals[n]["fn"])}
-    return Match(sampled, tuple(missing), free, determined, frozenset(unlike), cardinality)
+    return Match(sampled, tuple(missing), free, determined, frozenset(unlike))
 
 
 def _suggest(name: str, names: list[str]) -> str:

@@ -53,8 +53,6 @@ def test_every_chunking_equals_the_one_shot_functions(num_particles, chunk):
     }
     for name, value in expected.items():
         torch.testing.assert_close(getattr(summary, name), value, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
-    assert summary.num_nonfinite.tolist() == (log_weights.isnan() | (log_weights == INF)).sum(0).tolist()
-    assert summary.num_zero.tolist() == (log_weights == -INF).sum(0).tolist()
     assert summary.num_particles == num_particles
     assert all(getattr(summary, name).dtype == torch.float64 for name in expected)
 
