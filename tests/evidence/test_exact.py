@@ -131,7 +131,7 @@ def test_sixty_five_thousand_terms_of_any_model():
     assert result.num_particles == 2**16
     some = torch.tensor(list(itertools.product([0.0, 1.0], repeat=16)))
     terms = [dist.Bernoulli(logits=some @ weight).log_prob(x[i]).sum(-1).double().logsumexp(0) for i in range(3)]
-    # Both in float32: 64 terms of about 10 nats, so rounding of some 64 x 10 x 6e-8 = 4e-5, of which ten times is allowed.
+    # Both in float32: 64 terms of about 10 nats round by some 64 x 10 x 6e-8 = 4e-5; ten times that is allowed.
     torch.testing.assert_close(result.value[:3], torch.stack(terms) - 16 * math.log(2), atol=4e-4, rtol=0)
 
 
