@@ -29,10 +29,12 @@ from pyro_lvm.errors import ParameterError, UntrainedParameterWarning
 __all__ = [
     "Fitted",
     "Params",
+    "add_to_store",
     "anchor",
     "current_params",
     "evaluation_store",
     "module_parameters",
+    "own_store",
     "same_program",
     "training_store",
 ]
@@ -130,15 +132,16 @@ def _installed(params: Params) -> Iterator[None]:
     store = pyro.get_param_store()
     outer = current_params()
     store.clear()
-    _add_to_store(params)
+    add_to_store(params)
     try:
         yield
     finally:
         store.clear()
-        _add_to_store(outer)
+        add_to_store(outer)
 
 
-def _add_to_store(params: Params) -> None:
+def add_to_store(params: Params) -> None:
+    """Put these into the current store, in the place of what has their names."""
     values = {name: value for name, (value, _) in params.items()}
     constraints = {name: constraint for name, (_, constraint) in params.items()}
     pyro.get_param_store().set_state({"params": values, "constraints": constraints})
@@ -201,6 +204,15 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
     if untrained:
         message = f"parameters {sorted(untrained)} were created during evaluation, with their initial values. "
         warn_caller(message + "Train the pair with fit(), or load its parameters first.", UntrainedParameterWarning)
+
+
+@contextmanager
+def own_store(model: Model, guide: Guide | None) -> Iterator[None]:
+    """Run over the current store without what other pairs learned, and with what this one did."""
+    mine = learned(model, guide)
+    rest = {n: p for n, p in current_params().items() if n not in mine and not _owners(n, p[0])}
+    with _installed(rest | mine):
+        yield
 
 
 def _check_not_taken(model: Model, guide: Guide | None, here: Params) -> None:
@@ -284,7 +296,7 @@ def training_store(
     result: dict[str, Params] = {"params": {}}
     with _installed(start) if clashes else nullcontext():
         here = current_params()
-        _add_to_store({n: p for n, p in start.items() if n not in here})
+        add_to_store({n: p for n, p in start.items() if n not in here})
         try:
             yield result
         finally:

@@ -23,7 +23,7 @@ def _every(fn: Any) -> bool:
 
 def prior_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
     """q(z) = p(z) on every latent for whose distribution ``wanted`` holds; the others are left to enumeration."""
-    return poutine.block(model, hide_fn=lambda msg: _observed(msg) or not wanted(msg["fn"]))
+    return poutine.block(model, hide_fn=lambda msg: _hidden(msg, wanted))
 
 
 def uniform_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
@@ -46,7 +46,7 @@ def normal_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
 
 def _replaced(model: Model, wanted: Callable[[Any], bool], make: Callable[[str, Any], Any]) -> Guide:
     def guide(*args: Any) -> None:
-        with poutine.block(hide_fn=lambda msg: _observed(msg) or not wanted(_prior(msg))), _Replace(wanted, make):
+        with poutine.block(hide_fn=lambda msg: _hidden(msg, wanted)), _Replace(wanted, make):
             model(*args)
 
     return guide
@@ -56,8 +56,9 @@ def _prior(msg: Any) -> Any:
     return (msg["infer"] or {}).get("_prior", msg["fn"])
 
 
-def _observed(msg: Any) -> bool:
-    return bool(msg["type"] == "sample" and msg["is_observed"])
+def _hidden(msg: Any, wanted: Callable[[Any], bool]) -> bool:
+    """Observed, or left to enumeration; parameters are never hidden."""
+    return bool(msg["type"] == "sample" and (msg["is_observed"] or not wanted(_prior(msg))))
 
 
 class _Replace(Messenger):

@@ -9,7 +9,7 @@ from pyro_lvm._typing import Guide, Model
 from pyro_lvm.tracing.batch import Batch, Rows, make_batch
 from pyro_lvm.tracing.intercept import is_latent, is_observed, run
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
-from pyro_lvm.tracing.params import evaluation_store, module_parameters, same_program
+from pyro_lvm.tracing.params import evaluation_store, module_parameters, own_store, same_program
 from pyro_lvm.tracing.plates import common_plates, find_plate, nesting
 from pyro_lvm.tracing.probe import PROBE_ROWS, empty_guide, run_pair
 from pyro_lvm.tracing.tables import Table, agree, tabulate
@@ -50,7 +50,7 @@ def count_parameters(model: Model, guide: Guide | None, data: Rows) -> int:
     """Number of scalars in the parameters that a pair uses, and in those of the modules that its callables are."""
     guide = guide or empty_guide
     parameters = {id(p): p.numel() for program in (model, guide) for p in module_parameters(program)}
-    with evaluation_store(model, guide), torch.no_grad(), evaluation_rng(0):
+    with own_store(model, guide), torch.no_grad(), evaluation_rng(0):
         for size in (PROBE_ROWS, len(data)):  # some pairs only run on all of their data
             with suppress(Exception):  # and a model with a log_prob need not be a Pyro program
                 pair = run_pair(model, guide, data.rows(slice(0, size)))

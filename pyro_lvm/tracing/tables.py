@@ -79,8 +79,13 @@ def tabulate(
         zero = torch.zeros(1, num_data)
         return Table(zero, zero[0])
     total = sum(terms[1:], terms[0])
-    magnitude = sum((term.detach().abs() for term in terms[1:]), terms[0].detach().abs())
+    magnitude = sum((_size(term) for term in terms[1:]), _size(terms[0]))
     return Table(total.expand(total.shape[0], num_data), magnitude.amax(0).expand(num_data))
+
+
+def _size(term: torch.Tensor) -> torch.Tensor:
+    """What the rounding error of a term is proportional to: an infinite one, of a zero density, has none."""
+    return term.detach().abs().masked_fill(term.isinf(), 0.0)
 
 
 def _expanded(site: Site, log_prob: torch.Tensor, batch_dims: int, enumerating: bool) -> torch.Tensor:

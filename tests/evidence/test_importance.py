@@ -289,6 +289,25 @@ def test_a_datum_out_of_reach_has_no_support() -> None:
     assert result.value.tolist() == [0.0, -math.inf, 0.0]
 
 
+@few_particles
+def test_draws_of_zero_density_do_not_hide_a_heavy_tail() -> None:
+    """Half of the draws are impossible; the others have the tail of a guide that is far too narrow."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("sign", dist.Delta(z[..., 0].sign()), obs=torch.ones(len(x)))
+            pyro.sample("x", dist.Normal(z.sum(-1), 3.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(3), 0.4).to_event(1))
+
+    result = importance(model, guide, torch.zeros(5), num_particles=1000, seed=0)
+    assert bool(result.khat.isfinite().all())
+    assert "no_fault_found" not in result.status
+
+
 def test_one_particle_is_no_estimate() -> None:
     with pytest.warns(UnreliableEstimateWarning, match="of 3 data: 3 unreliable"):
         result = importance(normal_model, shifted_guide, data(3), num_particles=1)
