@@ -1,14 +1,19 @@
-"""Neural networks in plain torch: the multilayer perceptron that encoders and decoders start from."""
+"""Neural networks in plain torch that encoders and decoders are made of: perceptrons, and convolutions for images.
 
+All of them take any number of leading dimensions, so that particles, data or both may come first.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from pyro_lvm._checks import check_positive_int
+from pyro_lvm._checks import check_positive_int, refuse
+from pyro_lvm.errors import ShapeError
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "GatedMLP"]
 
 
 class MLP(nn.Module):
@@ -39,17 +44,185 @@ class MLP(nn.Module):
         self, in_dim: int, hidden_dims: Sequence[int], out_dim: int, activation: Callable[[], nn.Module] = nn.ELU
     ) -> None:
         super().__init__()
-        check_positive_int("in_dim", in_dim)
-        check_positive_int("out_dim", out_dim)
-        widths = [in_dim, *(check_positive_int("hidden_dims", width) for width in hidden_dims), out_dim]
         layers: list[nn.Module] = []
-        for width_in, width_out in pairwise(widths):
+        for width_in, width_out in pairwise(_widths(in_dim, hidden_dims, out_dim)):
             layers += [_linear(width_in, width_out), activation()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """f(x): ``(..., in_dim)`` to ``(..., out_dim)``."""
         return self.layers(x)
+
+
+class GatedMLP(nn.Module):
+    r"""Fully connected network whose hidden layers are gated, with a linear last layer.
+
+    .. math:: h_0 = x, \quad h_l = (W_l h_{l-1} + b_l) \odot \sigma(V_l h_{l-1} + c_l), \quad
+              f(x) = W_{last} h_{last-1} + b_{last}
+
+    Args:
+        in_dim: size of the last dimension of the input.
+        hidden_dims: widths of the hidden layers; empty for one linear map.
+        out_dim: size of the last dimension of the output.
+
+    Raises:
+        DataTypeError: a width is not an integer.
+        ShapeError: a width is less than 1.
+
+    Source: Dauphin et al. (2017), Language modeling with gated convolutional networks, for the layer; Tomczak and
+    Welling (2018), VAE with a VampPrior, for encoders and decoders made of it.
+
+    Example:
+        >>> net = GatedMLP(64, [300, 300], 20)
+        >>> net(torch.zeros(5, 100, 64)).shape
+        torch.Size([5, 100, 20])
+    """
+
+    def __init__(self, in_dim: int, hidden_dims: Sequence[int], out_dim: int) -> None:
+        super().__init__()
+        *widths, last = _widths(in_dim, hidden_dims, out_dim)
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers += [_linear(width_in, 2 * width_out), nn.GLU(dim=-1)]  # W h + b, then V h + c
+        self.layers = nn.Sequential(*layers, _linear(widths[-1], last))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """f(x): ``(..., in_dim)`` to ``(..., out_dim)``."""
+        return self.layers(x)
+
+
+class ConvDecoder(nn.Module):
+    """Convolutional network from a latent to what a likelihood reads for an image.
+
+    A linear layer makes a small image of ``channels[0]`` channels; each further layer doubles its height and width by a
+    transposed convolution (4x4, stride 2). A size that is not a multiple of ``2**len(channels)`` is met by making the
+    next larger one, of which the last rows and columns are dropped.
+
+    Args:
+        latent_dim: L.
+        image_shape: (C, H, W) of one datum.
+        channels: before each doubling, from the smallest image on.
+        outputs_per_value: numbers that the likelihood reads for each value of the image: 1 for Bernoulli, Poisson and
+            Binomial, 2 for Normal and DiscretizedLogistic, the number of classes for Categorical(channels_first=True).
+        activation: makes the module before each transposed convolution.
+
+    Raises:
+        DataTypeError: a size is not an integer.
+        ShapeError: a size is less than 1, ``image_shape`` is not (C, H, W), ``channels`` is empty, or (when used) z is
+            not ``(..., L)``.
+
+    Example:
+        >>> decoder = ConvDecoder(8, (1, 28, 28), outputs_per_value=2)
+        >>> decoder(torch.zeros(5, 100, 8)).shape
+        torch.Size([5, 100, 2, 28, 28])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        image_shape: tuple[int, int, int],
+        channels: Sequence[int] = (64, 32),
+        *,
+        outputs_per_value: int = 1,
+        activation: Callable[[], nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        self.latent_dim = check_positive_int("latent_dim", latent_dim)
+        self.image_shape = _image_shape(image_shape)
+        channels = _channels(channels)
+        out_channels = check_positive_int("outputs_per_value", outputs_per_value) * self.image_shape[0]
+        small = [-(-size // 2 ** len(channels)) for size in self.image_shape[1:]]  # rounded up
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, channels[0] * small[0] * small[1]),
+            nn.Unflatten(-1, (channels[0], *small)),
+        ]
+        for channels_in, channels_out in pairwise([*channels, out_channels]):
+            layers += [activation(), nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """z ``(..., L)`` to ``(..., outputs_per_value * C, H, W)``."""
+        if z.shape[-1:] != (self.latent_dim,):
+            cure = "Make the decoder with the latent_dim of the model."
+            raise ShapeError(refuse("z", f"shape (..., {self.latent_dim})", tuple(z.shape), cure))
+        _, height, width = self.image_shape
+        images = self.layers(z.reshape(-1, self.latent_dim))[..., :height, :width]  # (rows, C_out, H, W)
+        return images.reshape(*z.shape[:-1], *images.shape[1:])
+
+
+class ConvEncoder(nn.Module):
+    """Convolutional network from an image to ``out_dim`` numbers.
+
+    Each layer halves height and width, rounded up, by a convolution (3x3, stride 2); a linear layer reads the last
+    image.
+
+    Args:
+        image_shape: (C, H, W) of one datum.
+        out_dim: size of the output.
+        channels: after each halving.
+        activation: makes the module after each convolution.
+
+    Raises:
+        DataTypeError: a size is not an integer.
+        ShapeError: a size is less than 1, ``image_shape`` is not (C, H, W), ``channels`` is empty, or (when used) x is
+            neither ``(..., C, H, W)`` nor ``(..., C * H * W)``.
+
+    Example:
+        >>> encoder = ConvEncoder((1, 28, 28), 16)
+        >>> encoder(torch.zeros(100, 1, 28, 28)).shape, encoder(torch.zeros(100, 784)).shape
+        (torch.Size([100, 16]), torch.Size([100, 16]))
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        out_dim: int,
+        channels: Sequence[int] = (32, 64),
+        *,
+        activation: Callable[[], nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        self.image_shape = _image_shape(image_shape)
+        channels = _channels(channels)
+        small = [-(-size // 2 ** len(channels)) for size in self.image_shape[1:]]  # rounded up
+        layers: list[nn.Module] = []
+        for channels_in, channels_out in pairwise([self.image_shape[0], *channels]):
+            layers += [nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1), activation()]
+        last = nn.Linear(channels[-1] * small[0] * small[1], check_positive_int("out_dim", out_dim))
+        self.layers = nn.Sequential(*layers, nn.Flatten(), last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``(..., C, H, W)`` or ``(..., C * H * W)`` to ``(..., out_dim)``."""
+        size = math.prod(self.image_shape)
+        if x.shape[-3:] == self.image_shape:
+            leading = x.shape[:-3]
+        elif x.shape[-1:] == (size,):
+            leading = x.shape[:-1]
+        else:
+            expected = f"shape (..., {', '.join(map(str, self.image_shape))}) or (..., {size})"
+            cure = "Reshape x, or make the encoder with the shape of one image."
+            raise ShapeError(refuse("x", expected, tuple(x.shape), cure))
+        codes = self.layers(x.reshape(-1, *self.image_shape))  # (rows, out_dim)
+        return codes.reshape(*leading, codes.shape[-1])
+
+
+def _widths(in_dim: int, hidden_dims: Sequence[int], out_dim: int) -> list[int]:
+    hidden = [check_positive_int("hidden_dims", width) for width in hidden_dims]
+    return [check_positive_int("in_dim", in_dim), *hidden, check_positive_int("out_dim", out_dim)]
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        cure = "A grey image has one channel: (1, H, W)."
+        raise ShapeError(refuse("image_shape", "(C, H, W)", tuple(shape), cure))
+    channels, height, width = (check_positive_int("image_shape", size) for size in shape)
+    return channels, height, width
+
+
+def _channels(channels: Sequence[int]) -> list[int]:
+    if not channels:
+        raise ShapeError(refuse("channels", "one layer or more", tuple(channels), "Pass e.g. channels=(32, 64)."))
+    return [check_positive_int("channels", width) for width in channels]
 
 
 def _linear(in_dim: int, out_dim: int) -> nn.Linear:

@@ -1,9 +1,11 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from pyro_lvm.errors import DataTypeError, ShapeError
-from pyro_lvm.nn import MLP
+from pyro_lvm.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
 
 
 def test_mlp_is_the_written_out_composition():
@@ -35,7 +37,84 @@ def test_mlp_starts_with_glorot_weights_and_no_bias():
     assert not layer.bias.any()
 
 
+@pytest.mark.parametrize("network", [MLP, GatedMLP])
 @pytest.mark.parametrize(("widths", "error"), [((0, [4], 2), ShapeError), ((3, [4.5], 2), DataTypeError)])
-def test_mlp_names_a_bad_width(widths, error):
+def test_a_bad_width_is_named(network, widths, error):
     with pytest.raises(error, match="in_dim|hidden_dims"):
-        MLP(*widths)
+        network(*widths)
+
+
+def test_gated_mlp_is_the_written_out_composition():
+    net = GatedMLP(3, [4, 5], 2).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    h = x
+    for layer in (net.layers[0], net.layers[2]):
+        width = layer.out_features // 2
+        h = (h @ layer.weight[:width].T + layer.bias[:width]) * torch.sigmoid(
+            h @ layer.weight[width:].T + layer.bias[width:]
+        )
+    torch.testing.assert_close(net(x), h @ net.layers[4].weight.T + net.layers[4].bias)
+
+
+def test_gated_mlp_without_hidden_layers_is_linear():
+    assert [type(layer) for layer in GatedMLP(3, [], 2).layers] == [nn.Linear]
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+SIZES = [(1, 8, 8), (1, 28, 28), (3, 25, 25), (1, 7, 10), (2, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("channels", [(8,), (8, 4), (8, 4, 4)])
+def test_images_of_any_size_go_through(shape, channels):
+    image = ConvDecoder(3, shape, channels, outputs_per_value=2)(torch.randn(5, 3))
+    assert image.shape == (5, 2 * shape[0], *shape[1:])
+    assert ConvEncoder(shape, 6, channels)(torch.randn(5, *shape)).shape == (5, 6)
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 4), (3, 2, 4), (0,), (2, 0)], ids=str)
+def test_leading_dimensions_of_images_are_rows(leading):
+    """Any leading dimensions, none and empty ones too: the same as one row at a time."""
+    decoder, encoder = ConvDecoder(3, (2, 5, 6), (8, 4)).double(), ConvEncoder((2, 5, 6), 7, (4, 8)).double()
+    z = torch.randn(*leading, 3, dtype=torch.float64)
+    images = decoder(z)
+    assert images.shape == (*leading, 2, 5, 6)
+    codes = encoder(images)
+    assert codes.shape == (*leading, 7)
+    for index in itertools.product(*map(range, leading)):
+        one = decoder(z[index])
+        torch.testing.assert_close(images[index], one)
+        torch.testing.assert_close(codes[index], encoder(one))
+
+
+def test_encoder_reads_flat_images():
+    encoder, x = ConvEncoder((2, 5, 6), 7), torch.randn(3, 4, 2, 5, 6)
+    torch.testing.assert_close(encoder(x.flatten(2)), encoder(x))
+
+
+def test_every_pixel_sees_the_latent():
+    """Also the last row and column, of a size that had to be cut."""
+    decoder = ConvDecoder(3, (1, 9, 11))
+    assert (decoder(torch.zeros(3)) != decoder(torch.ones(3))).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ConvDecoder(3, (8, 8)), ShapeError, r"image_shape: expected \(C, H, W\), got \(8, 8\)"),
+        (lambda: ConvEncoder((1, 0, 8), 4), ShapeError, "image_shape: expected 1 or more, got 0"),
+        (lambda: ConvDecoder(3, (1, 8, 8), channels=()), ShapeError, "channels: expected one layer or more"),
+        (lambda: ConvDecoder(3, (1, 8, 8), outputs_per_value=0), ShapeError, "outputs_per_value: expected 1 or more"),
+        (lambda: ConvEncoder((1, 8, 8), 4, channels=(2.5,)), DataTypeError, "channels: expected an integer, got 2.5"),
+        (lambda: ConvDecoder(3, (1, 8, 8))(torch.zeros(5, 4)), ShapeError, r"z: expected .*3\), got \(5, 4\)"),
+        (
+            lambda: ConvEncoder((1, 8, 8), 4)(torch.zeros(5, 8, 8)),
+            ShapeError,
+            r"x: expected shape \(..., 1, 8, 8\) or \(..., 64\), got \(5, 8, 8\)",
+        ),
+    ],
+)
+def test_wrong_images_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -2,6 +2,7 @@
 
 from pyro_lvm.guides.base import as_guide
 from pyro_lvm.guides.flow import Flow
+from pyro_lvm.guides.hierarchical import BottomUp, TopDown
 from pyro_lvm.guides.normal import DiagonalNormal, FullRankNormal
 
-__all__ = ["DiagonalNormal", "Flow", "FullRankNormal", "as_guide"]
+__all__ = ["BottomUp", "DiagonalNormal", "Flow", "FullRankNormal", "TopDown", "as_guide"]

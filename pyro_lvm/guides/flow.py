@@ -9,7 +9,7 @@ One step maps u to z. In an order of the coordinates, m_l and g_l see only those
 Sampling and the density of a draw cost one pass of each network; the density of any other z costs L passes.
 """
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import pyro
 import pyro.distributions as dist
@@ -96,8 +96,8 @@ class Flow(nn.Module):
             base, [_Step(cast(_MaskedNetwork, network), context) for network in self.steps]
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The Pyro guide; returns z, ``(N, L)``."""
+    def forward(self, x: torch.Tensor, *_args: Any) -> torch.Tensor:
+        """The Pyro guide, which reads nothing but x; returns z, ``(N, L)``."""
         pyro.module("Flow", self)
         return sample_latent(self.distribution(x), x, self.site)
 

@@ -4,6 +4,7 @@ At parameters of zero every family here is N(0, I): scales are softplus(raw + lo
 """
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -55,8 +56,8 @@ class DiagonalNormal(nn.Module):
         """q(z|x): batch shape ``(N,)``, event shape ``(L,)``."""
         return diagonal_normal(self.phi(x))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The Pyro guide; returns z, ``(N, L)``."""
+    def forward(self, x: torch.Tensor, *_args: Any) -> torch.Tensor:
+        """The Pyro guide, which reads nothing but x; returns z, ``(N, L)``."""
         pyro.module("DiagonalNormal", self)
         return sample_latent(self.distribution(x), x, self.site)
 
@@ -98,8 +99,8 @@ class FullRankNormal(nn.Module):
         """q(z|x): batch shape ``(N,)``, event shape ``(L,)``."""
         return full_rank_normal(self.phi(x), self.latent_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The Pyro guide; returns z, ``(N, L)``."""
+    def forward(self, x: torch.Tensor, *_args: Any) -> torch.Tensor:
+        """The Pyro guide, which reads nothing but x; returns z, ``(N, L)``."""
         pyro.module("FullRankNormal", self)
         return sample_latent(self.distribution(x), x, self.site)
 

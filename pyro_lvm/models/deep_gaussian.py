@@ -11,18 +11,13 @@ from torch import nn
 
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm.errors import DataTypeError, ShapeError
-from pyro_lvm.models.likelihoods import Bernoulli, Categorical, Normal
+from pyro_lvm.models.likelihoods import Likelihood, as_likelihood, observe
+from pyro_lvm.models.priors import StandardNormal, VampPrior
 
 __all__ = ["DeepGaussian"]
 
-#: (decoder output, number of batch dimensions) -> p(x|z).
-Likelihood: TypeAlias = Callable[[torch.Tensor, int], dist.TorchDistribution]
-
-_LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
-    "bernoulli": Bernoulli,
-    "normal": Normal,
-    "categorical": Categorical,
-}
+#: p(z), or what makes it anew at each use, from parameters that are trained.
+Prior: TypeAlias = torch.distributions.Distribution | Callable[[], torch.distributions.Distribution]
 
 
 class DeepGaussian(nn.Module):
@@ -34,14 +29,18 @@ class DeepGaussian(nn.Module):
     dimension of x but the first belongs to one datum.
 
     Args:
-        decoder: maps z ``(..., L)`` to what the likelihood reads. An ``MLP`` takes any leading dimensions.
+        decoder: maps z ``(..., L)`` to what the likelihood reads. The networks of ``pyro_lvm.nn`` take any leading
+            dimensions.
         latent_dim: L.
-        likelihood: ``"bernoulli"``, ``"normal"``, ``"categorical"``, or an object of ``models.likelihoods``.
-        prior: a distribution with batch shape () and event shape ``(L,)`` in the place of N(0, I). Its tensors
-            stay on the device on which they were made.
+        likelihood: ``"bernoulli"``, ``"normal"``, ``"categorical"``, ``"poisson"``, or an object of
+            ``models.likelihoods``; the parameters of one that is a module are trained.
+        prior: p(z) in the place of N(0, I). A module of ``models.priors``, whose parameters are trained, or another
+            callable that returns a distribution with batch shape () and event shape ``(L,)``; or such a distribution,
+            whose tensors stay as they are, on the device on which they were made.
 
     Raises:
-        DataTypeError: ``likelihood`` is neither a known name nor callable, or ``prior`` is not a distribution.
+        DataTypeError: ``likelihood`` is neither a known name nor callable, or ``prior`` is neither a distribution nor a
+            callable, or (when used) returns none.
         ShapeError: ``prior`` has another shape, or (when used) the decoder's output does not fit x.
 
     Source: Kingma and Welling (2014), Section 3; Rezende, Mohamed and Wierstra (2014), Eqs. (1) to (4).
@@ -53,29 +52,30 @@ class DeepGaussian(nn.Module):
         torch.Size([3, 64])
     """
 
-    prior_loc: torch.Tensor
-
     def __init__(
         self,
         decoder: nn.Module,
         latent_dim: int,
-        likelihood: Literal["bernoulli", "normal", "categorical"] | Likelihood = "bernoulli",
-        prior: torch.distributions.Distribution | None = None,
+        likelihood: Literal["bernoulli", "normal", "categorical", "poisson"] | Likelihood = "bernoulli",
+        prior: Prior | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
-        self.likelihood = _as_likelihood(likelihood)
-        self._given_prior = None if prior is None else _checked_prior(prior, latent_dim)
-        # A buffer, so that the prior follows the module's device and dtype.
-        self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
+        self.likelihood = as_likelihood(likelihood)
+        if isinstance(prior, torch.distributions.Distribution):
+            _checked_prior(prior, latent_dim)
+        elif not (prior is None or callable(prior)):
+            cure = "Pass e.g. priors.MixtureOfNormals(10, L), or dist.StudentT(4.0, torch.zeros(L), 1.0).to_event(1)."
+            raise DataTypeError(refuse("prior", "a distribution or what makes one", type(prior).__name__, cure))
+        self.prior_fn: Prior = StandardNormal(latent_dim) if prior is None else prior
 
     @property
     def prior(self) -> dist.TorchDistribution:
         """p(z): batch shape (), event shape ``(L,)``."""
-        if self._given_prior is not None:
-            return self._given_prior
-        return dist.Normal(self.prior_loc, 1.0).to_event(1)
+        given = self.prior_fn
+        made = given if isinstance(given, torch.distributions.Distribution) else given()
+        return _checked_prior(made, self.latent_dim)
 
     def decode(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x|z) for z ``(..., L)``: batch shape ``(...)``, event shape that of one datum."""
@@ -84,14 +84,11 @@ class DeepGaussian(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The Pyro model; returns z, ``(N, L)``."""
         pyro.module("DeepGaussian", self)
+        if isinstance(self.prior_fn, VampPrior):
+            self.prior_fn.register()
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior)  # (N, L)
-            likelihood = self.decode(z)
-            if likelihood.event_shape != x.shape[1:]:
-                got, wanted = tuple(likelihood.event_shape), tuple(x.shape[1:])
-                cure = "Change the decoder's last layer, or reshape x or the output (nn.Unflatten)."
-                raise ShapeError(refuse("decoder", f"p(x|z) over data of shape {wanted}", got, cure))
-            pyro.sample("x", likelihood, obs=x)
+            observe(self.decode(z), x)
         return z
 
     @torch.no_grad()
@@ -101,19 +98,10 @@ class DeepGaussian(nn.Module):
         return self.decode(z).sample()
 
 
-def _as_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    if callable(likelihood):
-        return likelihood
-    if not isinstance(likelihood, str) or likelihood not in _LIKELIHOODS:
-        expected = f"one of {tuple(_LIKELIHOODS)} or a callable"
-        raise DataTypeError(refuse("likelihood", expected, repr(likelihood), "See pyro_lvm.models.likelihoods."))
-    return _LIKELIHOODS[likelihood]()
-
-
 def _checked_prior(prior: torch.distributions.Distribution, latent_dim: int) -> dist.TorchDistribution:
     if not isinstance(prior, torch.distributions.Distribution):
-        cure = "Pass e.g. dist.StudentT(4.0, torch.zeros(L), 1.0).to_event(1)."
-        raise DataTypeError(refuse("prior", "a distribution", type(prior).__name__, cure))
+        cure = "Return a distribution with event shape (L,), e.g. dist.Normal(loc, scale).to_event(1)."
+        raise DataTypeError(refuse("prior()", "a distribution", type(prior).__name__, cure))
     if prior.batch_shape != () or prior.event_shape != (latent_dim,):
         got = f"batch shape {tuple(prior.batch_shape)}, event shape {tuple(prior.event_shape)}"
         cure = "Declare the dimensions of z as event with .to_event(1)."

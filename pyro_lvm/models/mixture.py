@@ -29,10 +29,17 @@ class GaussianMixture(nn.Module):
     Called with x it is a Pyro model with the latent ``z`` and the observed ``x`` in the plate ``data``. Train it with
     ``fit(model, None, x)``, which sums z out, or give a guide that samples z.
 
-    S is lower triangular with diagonal ``min_scale`` + exp(.): the standard deviation of a dimension given those before
-    it (for ``"diag"`` and ``"spherical"``: its standard deviation) stays above the floor. The likelihood of a mixture
-    without one is unbounded, since a component can collapse onto a datum (Bishop, PRML, Section 9.2.1); with it no
-    density exceeds :math:`(2 \pi\, \text{min\_scale}^2)^{-D/2}`. `at_floor` tells which components rest on it.
+    S is lower triangular with diagonal s = ``min_scale`` + exp(.): the standard deviation of a dimension given those
+    before it (for ``"diag"`` and ``"spherical"``: its standard deviation) stays above the floor. The likelihood of a
+    mixture without one is unbounded, since a component can collapse onto a datum (Bishop, PRML, Section 9.2.1); with it
+    no density exceeds :math:`(2 \pi\, \text{min\_scale}^2)^{-D/2}`. `at_floor` tells which components rest on it, and
+    `fit` says so. What is trained besides s are the coefficients B, strictly lower triangular, of the regression of
+    each dimension on those before it, which gradients find more easily than entries of S:
+
+    .. math:: x = \mu + B (x - \mu) + s \odot \epsilon, \quad \epsilon \sim N(0, I), \qquad S = (I - B)^{-1} diag(s)
+
+    The objective is not convex: train from several starts and keep the best, with `pyro_lvm.best_of`. Means and
+    coefficients have the units of x, so data of about unit scale train best.
 
     Args:
         num_components: C.
@@ -40,6 +47,7 @@ class GaussianMixture(nn.Module):
         covariance: as in scikit-learn, ``"full"``, one matrix a component; ``"tied"``, one for all; ``"diag"``, one
             variance a component and dimension; ``"spherical"``, one variance a component.
         min_scale: the floor, in the units of x.
+        learn_weights: train pi; otherwise it stays as it is set, at first uniform.
 
     Attributes:
         logits: log pi up to a constant, ``(C,)``.
@@ -66,6 +74,7 @@ class GaussianMixture(nn.Module):
         data_dim: int,
         covariance: Literal["full", "tied", "diag", "spherical"] = "full",
         min_scale: float = 1e-3,
+        learn_weights: bool = True,
     ) -> None:
         super().__init__()
         if covariance not in _COVARIANCES:
@@ -77,11 +86,14 @@ class GaussianMixture(nn.Module):
         dim = check_positive_int("data_dim", data_dim)
         self.num_components, self.data_dim, self.covariance, self.min_scale = components, dim, covariance, min_scale
         shape = {"full": (components, dim), "tied": (dim,), "diag": (components, dim), "spherical": (components,)}
-        self.logits = nn.Parameter(torch.zeros(components))  # (C,)
+        if learn_weights:
+            self.logits = nn.Parameter(torch.zeros(components))  # (C,)
+        else:
+            self.register_buffer("logits", torch.zeros(components))  # (C,)
         self.means = nn.Parameter(torch.randn(components, dim))  # (C, D)
         self.log_scale = nn.Parameter(torch.zeros(shape[covariance]))  # of the diagonal of S, above the floor
-        if self._has_matrices:  # the entries of S below its diagonal, (C, D (D - 1) / 2) or without C
-            self.lower = nn.Parameter(torch.zeros(*shape[covariance][:-1], dim * (dim - 1) // 2))
+        if self._has_matrices:  # the entries of B below its diagonal, (C, D (D - 1) / 2) or without C
+            self.coefficients = nn.Parameter(torch.zeros(*shape[covariance][:-1], dim * (dim - 1) // 2))
 
     @property
     def weights(self) -> torch.Tensor:
@@ -100,6 +112,17 @@ class GaussianMixture(nn.Module):
             low = low.any(1)
         return low.any().expand(self.num_components) if self.covariance == "tied" else low
 
+    def notes(self) -> list[str]:
+        """What `fit` tells the user about the model that it has trained: components that rest on the floor."""
+        low = self.at_floor().nonzero().flatten().tolist()
+        if not low:
+            return []
+        return [
+            f"components {low} of the mixture rest on the floor, min_scale={self.min_scale}: they have collapsed onto "
+            "few or dependent data, where the likelihood has no other maximum. Take fewer components, a simpler "
+            "covariance, another start (seed), or a min_scale below which no difference matters."
+        ]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The Pyro model; returns z, ``(N,)``."""
         self._check(x)
@@ -107,28 +130,43 @@ class GaussianMixture(nn.Module):
         with pyro.plate("data", len(x)):
             # Marked, so that TraceEnum_ELBO sums it out also where Pyro is used alone.
             z = pyro.sample("z", dist.Categorical(logits=self.logits), infer={"enumerate": "parallel"})  # (N,)
-            pyro.sample("x", self._component(z), obs=x)
+            pyro.sample("x", self.component(z), obs=x)
         return z
 
     def posterior_guide(self, x: torch.Tensor) -> torch.Tensor:
         """A guide for this model that samples ``z`` from p(z|x) itself: every log-weight is log p(x)."""
         with pyro.plate("data", len(x)):
-            return pyro.sample("z", dist.Categorical(logits=self._log_joint(x)))  # (N,)
+            return pyro.sample("z", dist.Categorical(logits=self.log_joint(x)))  # (N,)
+
+    def component(self, z: torch.Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
+        """p(x|z) of components z: batch shape that of z, event shape ``(D,)``."""
+        means, scale = self.means[z], self._scale if self.covariance == "tied" else self._scale[z]
+        if self._has_matrices:
+            return dist.MultivariateNormal(means, scale_tril=scale, validate_args=validate_args)
+        scale = scale[..., None] if self.covariance == "spherical" else scale
+        return dist.Normal(means, scale, validate_args=validate_args).to_event(1)
+
+    def log_joint(self, x: torch.Tensor) -> torch.Tensor:
+        """log p(x, z = k) in nats, ``(N, C)``, of x ``(N, D)``."""
+        self._check(x)
+        # Not validated: a datum with NaN has the density NaN, and the others have theirs.
+        component = self.component(torch.arange(self.num_components, device=self.means.device), validate_args=False)
+        return self.logits.log_softmax(0) + component.log_prob(x[:, None])
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Exact log p(x) in nats, ``(N,)``, of x ``(N, D)`` (Eq. 9.12)."""
-        return self._log_joint(x).logsumexp(1)
+        return self.log_joint(x).logsumexp(1)
 
     def responsibilities(self, x: torch.Tensor) -> torch.Tensor:
         """Exact posterior p(z = k | x), ``(N, C)``, of x ``(N, D)`` (Eq. 9.13)."""
-        return self._log_joint(x).softmax(1)
+        return self.log_joint(x).softmax(1)
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws x ~ p(x), ``(num_samples, D)``, and the components z that they come from, ``(num_samples,)``."""
         prior = dist.Categorical(logits=self.logits)
         z = prior.sample((check_positive_int("num_samples", num_samples),))
-        return self._component(z).sample(), z
+        return self.component(z).sample(), z
 
     @torch.no_grad()
     def set_parameters(
@@ -163,28 +201,29 @@ class GaussianMixture(nn.Module):
         self.log_scale.copy_(excess.log())
         if self._has_matrices:
             rows, columns = self._below_diagonal
-            self.lower.copy_(scale[..., rows, columns])
+            identity = torch.eye(self.data_dim, dtype=scale.dtype, device=scale.device)
+            whitened = torch.linalg.solve_triangular(scale, identity, upper=False)  # (I - B) over the diagonal of S
+            self.coefficients.copy_(-(scale.diagonal(dim1=-2, dim2=-1)[..., None] * whitened)[..., rows, columns])
         return self
 
-    def initialize(self, x: torch.Tensor, seed: int = 0) -> "GaussianMixture":
-        r"""Start from the clusters that k-means (with k-means++) finds in x ``(N, D)``, and return the model.
+    def initialize(self, x: torch.Tensor, seed: int = 0, labels: torch.Tensor | None = None) -> "GaussianMixture":
+        r"""Start from the clusters that one run of k-means finds in x ``(N, D)``, and return the model.
 
-        The weights, means and covariances are those of the clusters. To the variance of dimension d of every cluster
-        is added the larger of 0.001 var(x_d) and (3 ``min_scale``)^2, so that no component starts on the floor.
+        The run starts by k-means++ with ``seed``: another seed may give other clusters, and these lead to another local
+        maximum of the likelihood. With ``labels``, ``(N,)`` from 0 to C-1, the clusters are theirs. The weights, means
+        and covariances are those of the clusters. To the variance of dimension d of every cluster is added the larger
+        of 0.001 var(x_d) and (3 ``min_scale``)^2, so that no component starts on the floor.
 
         Raises:
-            ShapeError: there are fewer distinct data than components, or x is not ``(N, D)``.
-            ParameterError: x is not finite or hardly varies in some direction (in some dimension for ``"diag"``, in all
-                for ``"spherical"``): there the likelihood has no maximum but at the floor.
+            ShapeError: there are fewer distinct data than components, or x is not ``(N, D)``, or labels not ``(N,)``.
+            ParameterError: a component has no label, or x is not finite or hardly varies in some direction (in some
+                dimension for ``"diag"``, in all for ``"spherical"``): there the likelihood has no maximum but at the
+                floor.
         """
-        from sklearn.cluster import KMeans
-
         x = data_tensor("x", x).detach().double()
         self._check(x)
         self._check_can_be_fitted(x)
-        found = KMeans(self.num_components, n_init=10, random_state=seed).fit_predict(x.cpu().numpy())
-        label = torch.as_tensor(found, device=x.device)  # (N,)
-        clusters = [x[label == k] for k in range(self.num_components)]
+        clusters = self._split(x, self._clusters(x, seed) if labels is None else labels.to(x.device))
         weights = torch.stack([x.new_tensor(len(cluster) / len(x)) for cluster in clusters])  # (C,)
         means = torch.stack([cluster.mean(0) for cluster in clusters])  # (C, D)
         within = torch.stack([_covariance(cluster) for cluster in clusters])  # (C, D, D)
@@ -213,28 +252,33 @@ class GaussianMixture(nn.Module):
         scale = self.min_scale + self.log_scale.exp()
         if self._has_matrices:
             scale = torch.diag_embed(scale)
-            scale[(..., *self._below_diagonal)] = self.lower
+            residual = torch.zeros_like(scale)  # I - B; its diagonal of ones is implied
+            residual[(..., *self._below_diagonal)] = -self.coefficients
+            scale = torch.linalg.solve_triangular(residual, scale, upper=False, unitriangular=True)
         return scale
-
-    def _component(self, z: torch.Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
-        """p(x|z): batch shape that of z, event shape ``(D,)``."""
-        means, scale = self.means[z], self._scale if self.covariance == "tied" else self._scale[z]
-        if self._has_matrices:
-            return dist.MultivariateNormal(means, scale_tril=scale, validate_args=validate_args)
-        scale = scale[..., None] if self.covariance == "spherical" else scale
-        return dist.Normal(means, scale, validate_args=validate_args).to_event(1)
-
-    def _log_joint(self, x: torch.Tensor) -> torch.Tensor:
-        """log p(x, z = k), ``(N, C)``."""
-        self._check(x)
-        # Not validated: a datum with NaN has the density NaN, and the others have theirs.
-        component = self._component(torch.arange(self.num_components, device=self.means.device), validate_args=False)
-        return self.logits.log_softmax(0) + component.log_prob(x[:, None])
 
     def _check(self, x: torch.Tensor) -> None:
         if x.dim() != 2 or x.shape[1] != self.data_dim:
             cure = "Flatten each datum, x.flatten(1), or make the model with the data's dimension."
             raise ShapeError(refuse("x", f"shape (N, {self.data_dim})", tuple(x.shape), cure))
+
+    def _clusters(self, x: torch.Tensor, seed: int) -> torch.Tensor:
+        """Labels ``(N,)`` by k-means."""
+        from sklearn.cluster import KMeans
+
+        found = KMeans(self.num_components, n_init=1, random_state=seed).fit_predict(x.cpu().numpy())
+        return torch.as_tensor(found, device=x.device)
+
+    def _split(self, x: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+        """The data of each component."""
+        if labels.shape != x.shape[:1]:
+            raise ShapeError(refuse("labels", f"shape ({len(x)},)", tuple(labels.shape), "Pass one label a datum."))
+        found, wanted = set(labels.tolist()), set(range(self.num_components))
+        if found != wanted:
+            got = f"none of {sorted(wanted - found)}, and others, {sorted(found - wanted)}"
+            cure = "Labels count from 0; leave empty components out."
+            raise ParameterError(refuse("labels", f"all of 0 to {self.num_components - 1}", got, cure))
+        return [x[labels == k] for k in range(self.num_components)]
 
     def _check_can_be_fitted(self, x: torch.Tensor) -> None:
         if not bool(x.isfinite().all()):

@@ -6,7 +6,7 @@ from torch import nn
 
 from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.models import DeepGaussian, LinearGaussian, likelihoods
-from pyro_lvm.nn import MLP
+from pyro_lvm.nn import MLP, ConvDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,14 @@ CASES = [
     ("bernoulli", nn.Sequential(MLP(2, [5], 6), nn.Unflatten(-1, (1, 2, 3))), (1, 2, 3)),
     ("normal", nn.Sequential(MLP(2, [5], 12), nn.Unflatten(-1, (2, 2, 3))), (1, 2, 3)),
     ("categorical", nn.Sequential(MLP(2, [5], 18), nn.Unflatten(-1, (1, 2, 3, 3))), (1, 2, 3)),
-    (lambda output, ndim: dist.Poisson(output.exp()).to_event(output.dim() - ndim), MLP(2, [5], 6), (6,)),
+    ("poisson", MLP(2, [5], 6), (6,)),
+    (likelihoods.Binomial(16), MLP(2, [5], 6), (6,)),
+    (likelihoods.DiscretizedLogistic(17), MLP(2, [5], 12), (6,)),
+    (likelihoods.SigmoidNormal(), nn.Linear(2, 12), (6,)),
+    (likelihoods.SharedNormal(), ConvDecoder(2, (1, 2, 3), (4,)), (1, 2, 3)),
+    (likelihoods.DiscretizedLogistic(17), ConvDecoder(2, (3, 5, 4), (4,), outputs_per_value=2), (3, 5, 4)),
+    (likelihoods.Categorical(3, channels_first=True), ConvDecoder(2, (2, 3, 3), (4,), outputs_per_value=3), (2, 3, 3)),
+    (lambda output, ndim: dist.Geometric(logits=output).to_event(output.dim() - ndim), MLP(2, [5], 6), (6,)),
 ]
 
 
@@ -80,27 +87,6 @@ def test_convolutional_decoder_runs():
     assert model(model.sample(5)).shape == (5, 2)
 
 
-def test_bernoulli_reads_logits():
-    output, x = torch.randn(5, 3), torch.tensor([0.0, 1.0, 1.0])
-    expected = -nn.functional.binary_cross_entropy_with_logits(output, x.expand(5, 3), reduction="none").sum(-1)
-    torch.testing.assert_close(likelihoods.Bernoulli()(output, 1).log_prob(x), expected)
-
-
-def test_normal_reads_means_then_raw_scales_above_the_floor():
-    output = torch.tensor([[1.0, 2.0, 0.0, -50.0]])
-    p = likelihoods.Normal(min_scale=0.25)(output, 1).base_dist
-    torch.testing.assert_close(p.loc, torch.tensor([[1.0, 2.0]]))
-    torch.testing.assert_close(p.scale, 0.25 + torch.tensor([[2.0, 1.0]]).log())  # log(1 + e^0), and nothing
-
-
-def test_categorical_flat_and_split_logits_agree():
-    output, x = torch.randn(5, 12), torch.tensor([0.0, 2.0, 1.0, 2.0])
-    flat = likelihoods.Categorical(3)(output, 1)
-    torch.testing.assert_close(flat.log_prob(x), likelihoods.Categorical()(output.reshape(5, 4, 3), 1).log_prob(x))
-    expected = output.reshape(5, 4, 3).log_softmax(-1)[:, range(4), x.long()].sum(-1)
-    torch.testing.assert_close(flat.log_prob(x), expected)
-
-
 def test_prior_may_be_a_distribution_of_torch():
     normal = torch.distributions.Independent(torch.distributions.Normal(torch.full((2,), 100.0), 1.0), 1)
     model = DeepGaussian(MLP(2, [5], 6), 2, prior=normal)
@@ -118,13 +104,13 @@ def test_prior_may_be_a_distribution_of_pyro():
 def test_default_prior_follows_the_module():
     model = DeepGaussian(MLP(2, [5], 6), 2).double()
     assert model(torch.zeros(4, 6, dtype=torch.float64)).dtype == torch.float64
-    assert "prior_loc" not in model.state_dict()
+    assert set(model.state_dict()) == {f"decoder.layers.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
 
 
 @pytest.mark.parametrize(
     ("prior", "error", "message"),
     [
-        (torch.zeros(2), DataTypeError, "prior: expected a distribution, got Tensor"),
+        (torch.zeros(2), DataTypeError, "prior: expected a distribution or what makes one, got Tensor"),
         (dist.Normal(torch.zeros(2), 1.0), ShapeError, r"to_event"),
         (dist.Normal(torch.zeros(3), 1.0).to_event(1), ShapeError, r"event shape \(2,\), got .* \(3,\)"),
     ],
@@ -134,7 +120,25 @@ def test_wrong_prior_is_refused(prior, error, message):
         DeepGaussian(MLP(2, [5], 6), 2, prior=prior)
 
 
-@pytest.mark.parametrize("likelihood", ["poisson", None, 3])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: torch.zeros(2), DataTypeError, r"prior\(\): expected a distribution, got Tensor"),
+        (lambda: dist.Normal(torch.zeros(2), 1.0), ShapeError, "to_event"),
+    ],
+)
+def test_what_a_callable_prior_returns_is_checked(make, error, message):
+    model = DeepGaussian(MLP(2, [5], 6), 2, prior=make)
+    with pytest.raises(error, match=message):
+        model(torch.zeros(4, 6))
+
+
+def test_prior_may_be_any_callable():
+    model = DeepGaussian(MLP(2, [5], 6), 2, prior=lambda: dist.Normal(torch.full((2,), 100.0), 1.0).to_event(1))
+    assert model(torch.zeros(4, 6)).min() > 90
+
+
+@pytest.mark.parametrize("likelihood", ["student", None, 3])
 def test_wrong_likelihood_is_refused(likelihood):
     with pytest.raises(DataTypeError, match=f"likelihood: expected one of .*'normal'.* got {likelihood!r}"):
         DeepGaussian(MLP(2, [5], 6), 2, likelihood)

@@ -4,6 +4,8 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture as Reference
 
 import pyro_lvm
@@ -124,14 +126,86 @@ def test_fit_without_a_guide_enumerates_and_its_loss_is_the_log_density():
     assert -model.log_prob(x).mean().item() < result.losses[-1].item() < before
 
 
-def test_svi_from_k_means_reaches_the_likelihood_of_em():
+def svi_less_em(x, num_components, covariance, num_steps):
+    """Mean log p(x) by SVI and by scikit-learn's EM to convergence from the same start: their difference, in nats."""
+    model = GaussianMixture(num_components, x.shape[1], covariance).double().initialize(x)
+    weights, means, covariances = (getattr(model, name).detach() for name in ("weights", "means", "covariances"))
+    em = Reference(
+        num_components,
+        covariance_type=covariance,
+        tol=1e-7,
+        max_iter=5000,
+        reg_covar=1e-9,
+        weights_init=weights.numpy(),
+        means_init=means.numpy(),
+        precisions_init=(covariances.inverse() if covariances.dim() == 3 or covariance == "tied" else 1 / covariances),
+    ).fit(x.numpy())
+    assert em.converged_
+    decay = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)  # noqa: E731
+    options = {"batch_size": len(x), "callbacks": [pyro_lvm.callbacks.Schedule(decay)]}
+    adam = lambda params: torch.optim.Adam(params, lr=0.05)  # noqa: E731
+    result = pyro_lvm.fit(model, None, x, num_steps=num_steps, optim=adam, **options)
+    assert result.notes == ()
+    return model.log_prob(x).mean().item() - em.score(x.numpy())
+
+
+@KINDS
+def test_svi_from_k_means_reaches_the_likelihood_of_em(covariance):
+    assert svi_less_em(clusters(), C, covariance, num_steps=150) > -0.01
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_svi_reaches_the_likelihood_of_em_on_bent_arms(covariance):
+    assert svi_less_em(pyro_lvm.datasets.pinwheel(500)[0].double(), 5, covariance, num_steps=200) > -0.01
+
+
+@pytest.mark.slow
+@KINDS
+def test_svi_reaches_the_likelihood_of_em_on_digits(covariance):
+    counts = load_digits().data  # (1797, 64)
+    x = torch.from_numpy(PCA(20, random_state=0).fit_transform(counts))
+    assert svi_less_em(x / x.std(), 10, covariance, num_steps=300) > -0.01
+
+
+@KINDS
+def test_a_density_keeps_its_value_when_its_own_parameters_are_set_again(covariance):
+    model, x = make(covariance), data()
+    expected = model.log_prob(x)
+    model.set_parameters(model.weights, model.means.clone(), model.covariances)
+    torch.testing.assert_close(model.log_prob(x), expected, rtol=0, atol=1e-10)
+
+
+def test_coefficients_are_the_regression_on_the_dimensions_before():
     x = clusters()
-    model = GaussianMixture(C, D).double().initialize(x)
-    start = model.means.detach().numpy().copy()
-    em = Reference(C, tol=1e-7, max_iter=2000, means_init=start, random_state=0).fit(x.numpy())
-    pyro_lvm.fit(model, None, x, num_steps=400, batch_size=len(x), optim=lambda p: torch.optim.Adam(p, lr=0.02))
-    assert model.log_prob(x).mean().item() > em.score(x.numpy()) - 0.01
-    assert not model.at_floor().any()
+    model = GaussianMixture(1, D).double()
+    moments = (torch.ones(1).double(), x.mean(0)[None], x.T.cov(correction=0)[None])
+    model.set_parameters(*moments)
+    first, second = (x - x.mean(0)).T
+    slope = (first * second).sum() / first.square().sum()
+    torch.testing.assert_close(model.coefficients.detach(), slope[None, None])
+    residual = (second - slope * first).square().mean().sqrt()
+    torch.testing.assert_close(model.log_scale.detach().exp()[0, 1] + model.min_scale, residual)
+
+
+def test_starts_of_other_seeds_differ():
+    x = pyro_lvm.datasets.pinwheel(300)[0]
+    starts = [GaussianMixture(8, D).initialize(x, seed=seed).means.detach() for seed in range(3)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        nearest = torch.cdist(starts[one], starts[other]).min(1).values  # (8,)
+        assert nearest.max() > 0.1  # 0 for the same clusters in another order
+
+
+def test_fit_notes_components_on_the_floor_once(caplog):
+    x = torch.cat([clusters(60), torch.full((20, D), 9.0, dtype=torch.float64)])  # twenty equal data
+    model = GaussianMixture(C + 1, D, min_scale=0.01).double().initialize(x)
+    low = model.responsibilities(x)[-1].argmax().item()
+    assert model.notes() == []
+    result = pyro_lvm.fit(model, None, x, num_steps=250, optim=lambda p: torch.optim.Adam(p, lr=0.1))
+    assert model.at_floor().nonzero().flatten().tolist() == [low]
+    (note,) = result.notes
+    assert note.startswith(f"components [{low}] of the mixture rest on the floor, min_scale=0.01")
+    assert note in repr(result)
+    assert [record.message for record in caplog.records].count(note) == 1
 
 
 @KINDS
@@ -204,7 +278,7 @@ def test_one_dimension_and_one_component_are_a_normal():
 
 def test_parameters_are_in_the_param_store_by_class_name():
     make()(data())
-    names = {f"GaussianMixture$$${name}" for name in ("logits", "means", "log_scale", "lower")}
+    names = {f"GaussianMixture$$${name}" for name in ("logits", "means", "log_scale", "coefficients")}
     assert set(pyro.get_param_store().keys()) == names
 
 
