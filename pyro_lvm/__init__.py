@@ -2,7 +2,7 @@
 
 A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the same arguments.
 
-* `fit` trains a pair with Pyro's SVI.
+* `fit` trains a pair with Pyro's SVI, `best_of` from several starts.
 * `log_marginal` estimates log p(x) of every datum, with an error and a verdict.
 * `compare` puts pairs side by side; `log_weights` and `elbo` are what all of it is made of.
 """
@@ -26,7 +26,7 @@ from pyro_lvm.errors import (
 from pyro_lvm.evidence import LogMarginal
 from pyro_lvm.evidence import importance as log_marginal
 from pyro_lvm.tracing import elbo, log_weights
-from pyro_lvm.training import FitResult, callbacks, fit
+from pyro_lvm.training import FitResult, best_of, callbacks, fit
 
 __all__ = [
     "Comparison",
@@ -43,6 +43,7 @@ __all__ = [
     "UnreliableEstimateWarning",
     "UntrainedParameterWarning",
     "__version__",
+    "best_of",
     "callbacks",
     "compare",
     "datasets",

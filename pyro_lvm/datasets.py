@@ -6,7 +6,7 @@ A log-likelihood of binary images means nothing without the way in which they we
 =============  ========================================================================
 "threshold"    x = 1 where g > 1/2, else 0
 "dynamic"      x ~ Bernoulli(g): drawn anew at each access in training, once for the test
-"none"         x = g
+"none"         x = g (the only one of faces)
 "counts"       x = 16 g in {0, ..., 16} (digits only): for Binomial or categorical pixels
 =============  ========================================================================
 """
@@ -31,6 +31,7 @@ __all__ = [
     "ImageData",
     "ImageDataset",
     "digits",
+    "faces",
     "fashion_mnist",
     "gaussian_blobs",
     "mnist",
@@ -142,12 +143,8 @@ def digits(binarize: Binarize = "threshold", *, split: tuple[int, int] = (1437, 
     bundle = load_digits()
     grey = torch.from_numpy(bundle.data).float() / 16  # (1797, 64)
     labels = torch.from_numpy(bundle.target).long()  # (1797,)
-    num_train = check_positive_int("split", split[0])
-    num_test = check_positive_int("split", split[1], minimum=0)
-    if num_train + num_test > len(grey):
-        raise ShapeError(refuse("split", f"{len(grey)} images at most", split, "Ask for fewer."))
     generator = torch.Generator().manual_seed(seed)
-    train, test = torch.randperm(len(grey), generator=generator)[: num_train + num_test].split([num_train, num_test])
+    train, test = _split(len(grey), split, generator)
     return ImageData(
         name="digits",
         binarize=binarize,
@@ -157,6 +154,47 @@ def digits(binarize: Binarize = "threshold", *, split: tuple[int, int] = (1437, 
         train_labels=labels[train],
         test_labels=labels[test],
         image_shape=(8, 8),
+    )
+
+
+def faces(*, split: tuple[int, int] = (85, 15), seed: int = 0) -> ImageData:
+    """The 100 faces of 25x25 grey pixels in scikit-image's part of Labeled Faces in the Wild: no download.
+
+    They are the first half of ``skimage.data.lfw_subset()`` (the second is no faces), as they are: ``binarize`` is
+    ``"none"``, and all labels are 0.
+
+    Args:
+        split: numbers of training and test images, drawn without replacement.
+        seed: seed of the split.
+
+    Returns:
+        ImageData with D = 625.
+
+    Raises:
+        DatasetError: scikit-image, or its file of these images, is not there.
+        ShapeError: ``split`` asks for more than 100 images.
+
+    Source: Huang, Ramesh, Berg and Learned-Miller (2007), Labeled Faces in the Wild, University of Massachusetts,
+    Technical Report 07-49.
+    """
+    try:
+        from skimage.data import lfw_subset
+
+        images = lfw_subset()[:100]  # (100, 25, 25)
+    except (ImportError, OSError) as error:
+        cure = 'Run `pip install "pyro_lvm[data]"`.'
+        raise DatasetError(refuse("faces", "scikit-image with its lfw_subset", f"{error}", cure)) from error
+    grey = torch.from_numpy(images).float().flatten(1)  # (100, 625)
+    train, test = _split(len(grey), split, torch.Generator().manual_seed(seed))
+    return ImageData(
+        name="faces",
+        binarize="none",
+        seed=seed,
+        train=grey[train],
+        test=grey[test],
+        train_labels=torch.zeros(len(train), dtype=torch.long),
+        test_labels=torch.zeros(len(test), dtype=torch.long),
+        image_shape=(25, 25),
     )
 
 
@@ -242,6 +280,16 @@ def gaussian_blobs(
 
 def _normal(num_data: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(num_data, 2, generator=generator)
+
+
+def _split(num_images: int, split: tuple[int, int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of training and test images, in an order of their own."""
+    num_train = check_positive_int("split", split[0])
+    num_test = check_positive_int("split", split[1], minimum=0)
+    if num_train + num_test > num_images:
+        raise ShapeError(refuse("split", f"{num_images} images at most", split, "Ask for fewer."))
+    order = torch.randperm(num_images, generator=generator)
+    return order[:num_train], order[num_train : num_train + num_test]
 
 
 def _check_binarize(binarize: str, names: tuple[str, ...]) -> None:

@@ -111,6 +111,35 @@ def test_fixed_training_images_come_as_they_are():
     assert torch.equal(torch.stack(list(DataLoader(data.train_dataset, batch_size=None))), data.train)
 
 
+def test_faces_split_every_face_once():
+    original = pytest.importorskip("skimage.data").lfw_subset()
+    data = datasets.faces()
+    assert (data.train.shape, data.test.shape, data.image_shape) == ((85, 625), (15, 625), (25, 25))
+    both = torch.cat([data.train, data.test])
+    expected = torch.from_numpy(original[:100]).float().flatten(1)  # the other hundred are no faces
+    assert torch.equal(both.unique(dim=0), expected.unique(dim=0))
+    assert both.dtype == torch.float32
+    assert (both.min(), both.max()) == (0.0, 1.0)
+    assert torch.equal(torch.cat([data.train_labels, data.test_labels]), torch.zeros(100, dtype=torch.long))
+    expected = {"name": "faces", "binarize": "none", "num_train": 85, "num_test": 15, "image_shape": (25, 25)}
+    assert data.provenance == expected | {"seed": 0}
+    assert data.train.provenance == data.provenance
+
+
+def test_faces_seed_decides_the_split():
+    pytest.importorskip("skimage")
+    assert torch.equal(datasets.faces(seed=3).test, datasets.faces(seed=3).test)
+    assert not torch.equal(datasets.faces(seed=3).test, datasets.faces(seed=4).test)
+    with pytest.raises(ShapeError, match="split: expected 100 images at most"):
+        datasets.faces(split=(90, 11))
+
+
+def test_missing_scikit_image_is_a_dataset_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    with pytest.raises(DatasetError, match=r'faces: expected scikit-image.*pip install "pyro_lvm\[data\]"'):
+        datasets.faces()
+
+
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize(("load", "name"), [(datasets.mnist, "MNIST"), (datasets.fashion_mnist, "FashionMNIST")])
 def test_idx_files_are_read(tmp_path, load, name, compress):

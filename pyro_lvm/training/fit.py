@@ -55,6 +55,9 @@ def fit(
     the optimizer. Ten in a row, or a tenth of all steps after the first hundred, end the run. To undo an update that
     overflows, one copy of the trained parameters is kept beside them, in the memory of their device.
 
+    A model or guide that is a module (or a method of one) may have a method ``notes() -> list[str]``, which says what a
+    user should know about the parameters: what it returns after training is logged and is in ``FitResult.notes``.
+
     Args:
         model: any callable that takes the data and makes Pyro statements.
         guide: any callable with the same arguments; None for a model without latents, or with all of them enumerated.
@@ -117,12 +120,13 @@ def fit(
         engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, hooks, devices)
         with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
             seconds = engine.train(optim or adam, num_epochs, num_steps, progress)
-    result = _result(engine, store["params"], seconds)
+            notes = _notes(engine.model, engine.guide)
+    result = _result(engine, store["params"], seconds, notes)
     _report(result)
     return result
 
 
-def _result(engine: Engine, params: Params, seconds: float) -> FitResult:
+def _result(engine: Engine, params: Params, seconds: float, notes: tuple[str, ...]) -> FitResult:
     def fitted(program: Any, names: set[str]) -> Fitted:
         return Fitted(program, {name: param for name, param in params.items() if name in names})
 
@@ -136,11 +140,20 @@ def _result(engine: Engine, params: Params, seconds: float) -> FitResult:
         params={name: transform_to(constraint)(t).detach().clone() for name, (t, constraint) in sorted(params.items())},
         model=fitted(engine.model, engine.names[0]),
         guide=fitted(engine.guide, engine.names[1]),
+        notes=notes,
     )
 
 
+def _notes(*programs: Any) -> tuple[str, ...]:
+    """What the modules behind the programs say of their parameters."""
+    owners = {id(owner): owner for owner in map(anchor, programs) if isinstance(owner, torch.nn.Module)}
+    methods: list[Any] = [getattr(owner, "notes", None) for owner in owners.values()]
+    with torch.no_grad():
+        return tuple(note for notes in methods if callable(notes) for note in notes())
+
+
 def _report(result: FitResult) -> None:
-    """Say once what happened to steps that were not finite."""
+    """Say once what happened to steps that were not finite, and what model and guide note."""
     skipped = f"{result.skipped} of {result.num_steps} steps had a loss or a gradient that was not finite"
     if result.stop_reason == "nonfinite":
         warn_caller(
@@ -150,6 +163,8 @@ def _report(result: FitResult) -> None:
         )
     elif result.skipped:
         logger.warning("%s and were skipped", skipped)
+    for note in result.notes:
+        logger.warning("%s", note)
 
 
 def _check_options(model: Any, guide: Any, loss: Any, optim: Any, update: Any, progress: Any) -> None:

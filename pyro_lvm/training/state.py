@@ -88,6 +88,7 @@ class FitResult:
         params: name -> constrained value, detached copies, sorted by name.
         model: the model with the parameters that it learned.
         guide: the guide with the parameters that it learned.
+        notes: what model and guide say about what they have learned, see `fit`.
     """
 
     losses: torch.Tensor
@@ -99,6 +100,7 @@ class FitResult:
     params: dict[str, torch.Tensor]
     model: Fitted
     guide: Fitted
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         finite = self.losses[self.losses.isfinite()]
@@ -113,6 +115,7 @@ class FitResult:
                 f"  skipped     {self.skipped} steps with a loss or gradient that was not finite",
                 f"  parameters  {size} numbers under {len(self.params)} names",
                 f"  pair        {_name(self.model.program)}, {_name(self.guide.program)}",
+                *(f"  note        {note}" for note in self.notes),
             )
         )
 
