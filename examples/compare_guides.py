@@ -12,11 +12,14 @@ Run it with no arguments, or with `--data mnist --root FOLDER`. Put your own `mo
 import argparse
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import RenyiELBO
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
 
 import pyro_lvm as lvm
 from pyro_lvm.nn import MLP
@@ -39,13 +42,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.data == "digits":
         torch.set_num_threads(1)  # tensors as small as these gain nothing from a second
-    compare_guides(args)
-    check_on_exact_model(args)
+    root = {} if args.data == "digits" else {"root": args.root}
+    load = partial(getattr(lvm.datasets, args.data), seed=args.seed, **root)
+    compare_guides(args, load("threshold"))
+    check_on_exact_model(args, load("none"))
 
 
-def compare_guides(args: argparse.Namespace) -> None:
+def compare_guides(args: argparse.Namespace, images: lvm.datasets.ImageData) -> None:
     """Three guides of one frozen decoder."""
-    images = load(args, "threshold")
     data_dim, width = images.train.shape[1], 64 if args.data == "digits" else 200
 
     def make_encoder(size: int) -> MLP:
@@ -87,38 +91,28 @@ def compare_guides(args: argparse.Namespace) -> None:
     print(f"\nlog p(x) of held-out images, one frozen decoder\n{result}\npicture: {args.picture}")
 
 
-def check_on_exact_model(args: argparse.Namespace) -> None:
+def check_on_exact_model(args: argparse.Namespace, images: lvm.datasets.ImageData) -> None:
     """The same measurement where the answer is known: a linear-Gaussian model of the grey levels."""
-    images = load(args, "none")
     data_dim = images.train.shape[1]
     model = lvm.models.LinearGaussian(LATENT_DIM, data_dim).fit_closed_form(images.train)
     mean_field = lvm.guides.DiagonalNormal(LATENT_DIM, torch.nn.Linear(data_dim, 2 * LATENT_DIM))
     train(args, model, mean_field, images.train, 2000, update="guide")
-    rows = {
-        "linear-Gaussian, exact": (model, model.posterior_guide),
-        "linear-Gaussian, mean-field": (model, mean_field),
-    }
+    pairs = (model, model.posterior_guide), (model, mean_field)
+    rows = dict(zip(("linear-Gaussian, exact", "linear-Gaussian, mean-field"), pairs, strict=True))
     exact = lvm.log_marginal(model, None, images.test)
     result = lvm.compare(rows, images.test, reference=exact, num_particles=args.particles, seed=args.seed)
     print(f"\nwhere log p(x) is known (a density of grey levels, not to be set against the above)\n{result}")
-
-
-def load(args: argparse.Namespace, binarize: str) -> lvm.datasets.ImageData:
-    """Training and held-out images."""
-    root = {} if args.data == "digits" else {"root": args.root}
-    return getattr(lvm.datasets, args.data)(binarize=binarize, seed=args.seed, **root)
 
 
 def train(args: argparse.Namespace, model: Callable, guide: Callable, x: torch.Tensor, steps: int, **options) -> None:  # noqa: ANN003
     """Adam at 2e-3 for half of the steps, then linearly down to 2 % of it."""
     steps = 30 if args.smoke else steps
 
-    def decay(step: int) -> float:
-        return min(1.0, 0.02 + 1.96 * (1 - step / steps))
+    def decay(optimizer: Adam) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: min(1.0, 0.02 + 1.96 * (1 - step / steps)))
 
-    schedule = lvm.callbacks.Schedule(lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, decay))
-    adam = lambda params: torch.optim.Adam(params, lr=2e-3)  # noqa: E731
-    lvm.fit(model, guide, x, optim=adam, num_steps=steps, seed=args.seed, callbacks=[schedule], **options)
+    options |= {"num_steps": steps, "seed": args.seed, "callbacks": [lvm.callbacks.Schedule(decay)]}
+    lvm.fit(model, guide, x, optim=partial(Adam, lr=2e-3), **options)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,8 @@ def main() -> None:
     rows = [errors(num_bits, args) for num_bits in sizes]
     print("mean error of log p-hat(x) in nats, by number of bits (exact value by enumeration)")
     print("bits     terms   uniform     prior     guide")
-    for num_bits, row in zip(sizes, rows, strict=True):
-        print(
-            f"{num_bits:4d} {2**num_bits:9,d}" + "".join(f"{row[name]:10.4f}" for name in ("uniform", "prior", "guide"))
-        )
+    for bits, row in zip(sizes, rows, strict=True):
+        print(f"{bits:4d} {2**bits:9,d}" + "".join(f"{row[name]:10.4f}" for name in ("uniform", "prior", "guide")))
     biases = jensen(args, 200 if args.smoke else 40_000)
     print("\nbias of log p-hat(x) in nats, by number of particles\n   K  measured  delta method")
     for num_particles, measured, predicted in biases:

@@ -8,6 +8,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_it_runs_and_draws(path, tmp_path):
     picture = tmp_path / "picture.png"
@@ -20,4 +21,4 @@ def test_it_runs_and_draws(path, tmp_path):
 def test_examples_are_short():
     assert EXAMPLES
     for path in EXAMPLES:
-        assert path.read_text(encoding="utf-8").count("\n") < 130
+        assert path.read_text(encoding="utf-8").count("\n") < 120
