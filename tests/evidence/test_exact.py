@@ -39,7 +39,7 @@ def bits(num_bits, seed=0, data_dim=6):
     return model, x, truth
 
 
-@pytest.mark.parametrize("num_bits", [1, 4, 8])
+@pytest.mark.parametrize("num_bits", [1, 4, 10])
 @pytest.mark.parametrize("chunks", [None, (2, 3), (1, 1000)], ids=str)
 def test_enumeration_is_the_double_loop(num_bits, chunks):
     model, x, truth = bits(num_bits)

@@ -569,6 +569,7 @@ def peaks(*runs: tuple[int, int]) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_particles() -> None:
     start, _, few, many = peaks((100, 5000), (100, 50_000))
     assert few - start < 600
