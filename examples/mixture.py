@@ -2,10 +2,10 @@ r"""A Gaussian mixture finds groups that nobody labelled: the posterior p(z = k 
 
     z ~ Cat(pi),  x | z = k ~ N(mu_k, Sigma_k),      p(x) = sum_k pi_k N(x; mu_k, Sigma_k)
 
-A mixture that we make up draws z and then x; only x is kept. A second mixture is fitted to it by stochastic variational
-inference with z summed out. The objective is not convex, so training starts from several k-means runs, and `best_of`
-keeps the best. Expectation-maximisation of scikit-learn from the same starts is the judge. With the exact posterior as
-guide the ELBO is log p(x): the gap in the table is 0.
+A mixture that we make up draws z and then x; only x is kept. A second mixture is fitted to it by gradients of the
+ELBO with z summed out, which is log p(x). The objective is not convex, so training starts from several k-means runs,
+and `best_of` keeps the best. Expectation-maximisation of scikit-learn from the same starts is the judge. With the exact
+posterior as guide the gap in the table is 0.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from pyro_lvm.errors import DataTypeError, ShapeError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.tracing.batch import DataArgs, Rows
-from pyro_lvm.tracing.questions import count_parameters, same_model
+from pyro_lvm.tracing.questions import count_parameters, holds_probabilities, same_model
 
 __all__ = ["compare"]
 
@@ -103,7 +103,7 @@ def compare(
     ranked = sorted(measured.values(), key=lambda row: -float(row.mean_over_runs(ranked_by).mean()))
     result = Comparison(tuple(ranked), ranked_by, reference, ())
     missing = [name for name in kinds if name not in measured]
-    return replace(result, notes=_notes(result, shared, missing))
+    return replace(result, notes=_notes(result, shared, missing) + _mixed({name: kinds[name] for name in measured}, source))
 
 
 def _one_model(kinds: Sequence[list[Pair] | LogMarginal], source: Rows) -> bool | None:
@@ -112,6 +112,19 @@ def _one_model(kinds: Sequence[list[Pair] | LogMarginal], source: Rows) -> bool 
     answers: list[bool | None] = [None for kind in kinds if isinstance(kind, LogMarginal) and len(kinds) > 1]
     answers += [same_model(pairs[0], pair, source) for pair in pairs[1:]]
     return False if False in answers else None if None in answers else True
+
+
+def _mixed(kinds: Mapping[str, list[Pair] | LogMarginal], source: Rows) -> tuple[str, ...]:
+    """Say so where some rows hold probabilities and others densities."""
+    pairs = {name: kind[0] for name, kind in kinds.items() if not isinstance(kind, LogMarginal)}
+    answers = {name: holds_probabilities(*pair, source) for name, pair in pairs.items()}
+    discrete, continuous = ([name for name, answer in answers.items() if answer is kind] for kind in (True, False))
+    if not (discrete and continuous):
+        return ()
+    return (
+        f"{discrete} hold probabilities of discrete data, {continuous} densities, which have no upper bound on such "
+        "data: these are different things, and the order of the rows says nothing about them.",
+    )
 
 
 def _pairs(name: str, row: Any) -> list[Pair] | LogMarginal:

@@ -257,3 +257,17 @@ def test_parameters_of_fitted_callables_are_counted():
 
     fitted = lvm.fit(model, guide, X, num_steps=2)
     assert lvm.compare({"a": (fitted.model, fitted.guide)}, X, num_particles=50).rows[0].num_parameters == 4
+
+
+def test_densities_beside_probabilities_are_pointed_out():
+    """Binary data have a density without bound under a flow, and a probability under a Bernoulli."""
+    x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)).round()
+    rows = {
+        "flow": (lvm.models.NormalizingFlow(4), None),
+        "masked": (lvm.models.Autoregressive(4, [8]), None),
+        "bits": (lvm.models.BinaryLatent(2, 4), None),
+    }
+    notes = "\n".join(lvm.compare(rows, x).notes)
+    assert "['masked', 'bits'] hold probabilities of discrete data, ['flow'] densities" in notes
+    del rows["flow"]
+    assert "densities" not in "\n".join(lvm.compare(rows, x).notes)

@@ -79,7 +79,8 @@ class BinaryLatent(nn.Module):
         pyro.module("BinaryLatent", self)
         with pyro.plate("data", len(x)):
             z = self._pyro_sample_z()  # (N, L)
-            pyro.sample("x", dist.Bernoulli(logits=self._decode(z)).to_event(1), obs=x)
+            likelihood = dist.Bernoulli(logits=self._decode(z)).to_event(1)
+            pyro.sample("x", likelihood, obs=x if x.is_floating_point() else x.to(self._like.dtype))
         return z
 
     def log_joint(self, x: torch.Tensor, z: torch.Tensor, *above: torch.Tensor) -> torch.Tensor:
@@ -104,8 +105,8 @@ class BinaryLatent(nn.Module):
 
         The terms are computed in chunks of z, each with one matrix product for all data, and added up in float64.
         Memory does not grow with 2^L; nor does that of gradients, which compute every chunk once more and flow to the
-        parameters. With a ``prior``, p(z) is the same kind of sum over z2 with z as its data: 2^(L + T) terms, shared
-        by all x.
+        ``parameters()``: a decoder must read no other tensor that is trained, and draw nothing (no dropout). With a
+        ``prior``, p(z) is the same kind of sum over z2 with z as its data: 2^(L + T) terms, shared by all x.
 
         Args:
             x: binary data.
@@ -118,8 +119,10 @@ class BinaryLatent(nn.Module):
         check_binary("x", x)
         terms = 2**self._num_bits
         if terms > check_positive_int("max_terms", max_terms):
-            got = f"2^{self._num_bits} = {terms}, about {self._seconds(x):.0f} s for these data"
-            cure = f"Call log_prob(x, max_terms={terms}) to wait for them, or estimate log p(x) with a guide."
+            got = f"2^{self._num_bits}, about {self._seconds(x):.3g} s for these data"
+            cure = (
+                f"Call log_prob(x, max_terms=2**{self._num_bits}) to wait for them, or estimate log p(x) with a guide."
+            )
             raise ShapeError(refuse("latent_dim", f"at most max_terms={max_terms} terms", got, cure))
         return self._log_marginal(x)
 
@@ -182,7 +185,7 @@ class BinaryLatent(nn.Module):
             start = time.perf_counter()
             self._log_mixture(x, z, z.new_zeros(len(z))).sum().item()  # item() waits for the device
         seconds = time.perf_counter() - start + (self.prior._seconds(z) if self.prior else 0.0)
-        return seconds * 2**self.latent_dim / len(z)
+        return seconds * 2.0 ** min(self.latent_dim, 500) / len(z)  # beyond, no float holds it
 
     def _log_prior(self, z: torch.Tensor) -> torch.Tensor:
         if self.logits is None:
@@ -228,9 +231,12 @@ class _ChunkedSum(torch.autograd.Function):
             with torch.enable_grad():
                 chunk = ctx.model._log_sum(x, indices)  # (N,)
             share = (chunk.detach() - total).exp()  # of p(x), (N,)
-            found = torch.autograd.grad(chunk, parameters, grad * share, materialize_grads=True)
+            found = torch.autograd.grad(chunk, parameters, grad * share, allow_unused=True)
+            if all(part is None for part in found):
+                raise RuntimeError("log_prob: the parameters were replaced between the forward and the backward pass")
             for sum_, part in zip(sums, found, strict=True):
-                sum_.add_(part)
+                if part is not None:
+                    sum_.add_(part)
         return None, None, *sums
 
 

@@ -65,7 +65,7 @@ class DeepGaussian(nn.Module):
         self.likelihood = as_likelihood(likelihood)
         if isinstance(prior, torch.distributions.Distribution):
             _checked_prior(prior, latent_dim)
-        elif not (prior is None or callable(prior)):
+        elif not (prior is None or callable(prior)) or isinstance(prior, type):
             cure = "Pass e.g. priors.MixtureOfNormals(10, L), or dist.StudentT(4.0, torch.zeros(L), 1.0).to_event(1)."
             raise DataTypeError(refuse("prior", "a distribution or what makes one", type(prior).__name__, cure))
         self.prior_fn: Prior = StandardNormal(latent_dim) if prior is None else prior

@@ -1,4 +1,4 @@
-"""Distributions of sites that neither torch nor Pyro has: a model's own exact density, and a logistic in levels."""
+"""Distributions that neither torch nor Pyro has: a model's own density, a logistic in levels, Poisson by log-rate."""
 
 import math
 from typing import Any, Protocol, TypeAlias
@@ -8,7 +8,7 @@ import torch
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-__all__ = ["ExactDensity", "ExactDistribution", "LogisticLevels"]
+__all__ = ["ExactDensity", "ExactDistribution", "LogPoisson", "LogisticLevels"]
 
 Shape: TypeAlias = torch.Size | list[int] | tuple[int, ...]
 
@@ -112,3 +112,47 @@ class LogisticLevels(dist.TorchDistribution):
             # An exact zero of the generator is a draw that far out that it is level 0.
             y = self.loc + self.scale * (uniform.log() - torch.log1p(-uniform))
             return y.round().clamp(0, self.num_levels - 1)
+
+
+class LogPoisson(dist.TorchDistribution):
+    r"""Poisson counts with a given log-rate, which no rate that rounds to zero or infinity stands between.
+
+    .. math:: \log P(x) = x r - e^r - \log x!
+
+    Args:
+        log_rate: r.
+        validate_args: whether to check parameters and values; None is the global setting.
+
+    Example:
+        >>> LogPoisson(torch.tensor(-110.0)).log_prob(torch.tensor(2.0))  # -220 - log 2
+        tensor(-220.6931)
+    """
+
+    arg_constraints: dict[str, Any] = {"log_rate": constraints.real}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_rate: torch.Tensor, validate_args: bool | None = None) -> None:
+        self.log_rate = log_rate
+        super().__init__(log_rate.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "LogPoisson":
+        """The same distribution in another batch."""
+        expanded = LogPoisson(self.log_rate.expand(batch_shape), validate_args=False)
+        expanded._validate_args = self._validate_args
+        return expanded
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The rate."""
+        return self.log_rate.exp()
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        """log P(x) in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
+
+    def sample(self, sample_shape: Shape = ()) -> torch.Tensor:
+        """Independent draws for every element of the batch."""
+        with torch.no_grad():
+            return torch.poisson(self.mean.expand(self._extended_shape(torch.Size(sample_shape))))

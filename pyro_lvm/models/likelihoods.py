@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm.errors import DataTypeError, ParameterError, ShapeError
-from pyro_lvm.models.density import LogisticLevels
+from pyro_lvm.models.density import LogisticLevels, LogPoisson
 
 __all__ = [
     "Bernoulli",
@@ -188,7 +188,7 @@ class Poisson:
 
     def __call__(self, output: torch.Tensor, batch_ndim: int) -> dist.Independent:
         """p(x|z): event shape as the output of one datum."""
-        return dist.Poisson(output.exp()).to_event(output.dim() - batch_ndim)
+        return LogPoisson(output).to_event(output.dim() - batch_ndim)
 
 
 @dataclass(frozen=True)
@@ -293,11 +293,11 @@ def as_likelihood(likelihood: str | Likelihood) -> Likelihood:
     Raises:
         DataTypeError: it is neither a known name nor callable.
     """
-    if callable(likelihood):
+    if callable(likelihood) and not isinstance(likelihood, type):
         return likelihood
     if not isinstance(likelihood, str) or likelihood not in _BY_NAME:
-        expected = f"one of {tuple(_BY_NAME)} or a callable"
-        raise DataTypeError(refuse("likelihood", expected, repr(likelihood), "See pyro_lvm.models.likelihoods."))
+        expected = f"one of {tuple(_BY_NAME)} or an object of models.likelihoods"
+        raise DataTypeError(refuse("likelihood", expected, repr(likelihood), "Pass e.g. likelihoods.Binomial(16)."))
     return _BY_NAME[likelihood]()
 
 

@@ -176,17 +176,24 @@ class GaussianMixture(nn.Module):
 
         Raises:
             ShapeError: a shape is another.
-            ParameterError: a weight is not positive, or a covariance is not above the floor.
+            ParameterError: a weight is not positive, a covariance not symmetric or not above the floor, or a number
+                not finite.
         """
         given = {"weights": weights, "means": means, "covariances": covariances}
         for name, value in given.items():
-            if value.shape != getattr(self, name).shape:
-                wanted = f"shape {tuple(getattr(self, name).shape)}"
+            now = getattr(self, name)
+            given[name] = value = data_tensor(name, value).to(now.device)
+            if value.shape != now.shape:
                 cure = f"That is its shape with {self.num_components} components, covariance={self.covariance!r}."
-                raise ShapeError(refuse(name, wanted, tuple(value.shape), cure))
+                raise ShapeError(refuse(name, f"shape {tuple(now.shape)}", tuple(value.shape), cure))
+            if not bool(value.isfinite().all()):
+                raise ParameterError(refuse(name, "finite numbers", "NaN or infinity", "Check how they were computed."))
+        weights, means, covariances = given.values()
         if not bool((weights > 0).all()):
             raise ParameterError(refuse("weights", "positive numbers", weights.tolist(), "Leave empty components out."))
         if self._has_matrices:
+            if not torch.allclose(covariances, covariances.mT, rtol=1e-4):
+                raise ParameterError(refuse("covariances", "symmetric matrices", "others", "Pass (S + S.mT) / 2."))
             scale, info = torch.linalg.cholesky_ex(covariances)
             excess = torch.where(info[..., None] == 0, scale.diagonal(dim1=-2, dim2=-1) - self.min_scale, -1.0)
         else:
@@ -195,7 +202,9 @@ class GaussianMixture(nn.Module):
         if not bool((excess > 0).all()):
             wanted = f"positive definite, with standard deviations above min_scale={self.min_scale}"
             cure = "Add to the diagonal, or make the model with a smaller min_scale."
-            raise ParameterError(refuse("covariances", wanted, "less", cure))
+            low = (excess <= 0) if self.covariance in ("tied", "spherical") else (excess <= 0).any(1)
+            got = "less" if self.covariance == "tied" else f"less in components {low.nonzero().flatten().tolist()}"
+            raise ParameterError(refuse("covariances", wanted, got, cure))
         self.logits.copy_(weights.log())
         self.means.copy_(means)
         self.log_scale.copy_(excess.log())
@@ -223,7 +232,8 @@ class GaussianMixture(nn.Module):
         x = data_tensor("x", x).detach().double()
         self._check(x)
         self._check_can_be_fitted(x)
-        clusters = self._split(x, self._clusters(x, seed) if labels is None else labels.to(x.device))
+        found = self._clusters(x, seed) if labels is None else data_tensor("labels", labels, x.device)  # (N,)
+        clusters = self._split(x, found)
         weights = torch.stack([x.new_tensor(len(cluster) / len(x)) for cluster in clusters])  # (C,)
         means = torch.stack([cluster.mean(0) for cluster in clusters])  # (C, D)
         within = torch.stack([_covariance(cluster) for cluster in clusters])  # (C, D, D)

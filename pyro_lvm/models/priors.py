@@ -116,8 +116,8 @@ class VampPrior(nn.Module):
     Raises:
         DataTypeError: the guide is no module with a method ``distribution``, or ``pseudo_inputs`` no tensor.
         ShapeError: q(z|u) has not batch shape ``(C,)`` and event shape ``(L,)``.
-        ParameterError: ``bounds`` are no interval, pseudo-inputs lie outside of them, or (when used) another guide in
-            this run has the class, and so the names, of this one.
+        ParameterError: ``bounds`` are no interval, pseudo-inputs lie outside of them, or (in training) another guide
+            has the class, and so the names, of this one.
 
     Source: Tomczak and Welling (2018), VAE with a VampPrior, Eq. (9).
 
@@ -172,15 +172,7 @@ class VampPrior(nn.Module):
 
         They get the names that the guide itself gives them, so that each is one parameter, of model and guide.
         """
-        name = type(self.guide).__name__
-        pyro.module(name, self.guide)
-        known = dict(pyro.get_param_store().named_parameters())
-        own = {f"{name}$$${key}": parameter for key, parameter in self.guide.named_parameters()}
-        foreign = [key for key, parameter in own.items() if known.get(key, parameter) is not parameter]
-        if foreign:
-            cure = "Give the model its prior as it is now, `with torch.no_grad(): prior = vamp()`, for another guide."
-            got = f"parameters {foreign[:3]} of another {name}"
-            raise ParameterError(refuse("guide", "the guide that the VampPrior averages", got, cure))
+        pyro.module(type(self.guide).__name__, self.guide)
 
 
 class FlowPrior(nn.Module):

@@ -14,6 +14,8 @@ from pyro_lvm.tracing.probe import Plan
 
 __all__ = ["Grid", "finite_grid"]
 
+_MOST = 2**62  # that an index can count
+
 
 @dataclass(frozen=True)
 class _Axis:
@@ -69,7 +71,8 @@ def finite_grid(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Grid:
     """The values of the latents that ``guide`` has, as a uniform guide on finite supports.
 
     Raises:
-        SupportError: a latent vector lies in a plate of its own within the data, so that each of its elements is one.
+        SupportError: a latent vector lies in a plate of its own within the data, so that each of its elements is one;
+            or there are too many values to number them.
     """
     axes = []
     for name, site in run(guide, batch.args).items():
@@ -83,6 +86,11 @@ def finite_grid(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Grid:
             values = base_distribution(site["fn"]).enumerate_support(expand=False).reshape(-1)
             axes.append(_Axis(name, site["fn"].event_shape, values.to(batch.args[0].device)))
     grid = Grid(tuple(axes))
+    if grid.size > _MOST:
+        raise SupportError(
+            f"latent sites {[axis.name for axis in axes]}: expected fewer than 2^62 joint values, got about "
+            f"2^{grid.size.bit_length() - 1}. No computer sums them: estimate log p(x) with a guide."
+        )
     return replace(grid, shared=_shared(grid, plan, model, batch))
 
 

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import pyro
 import torch
+from pyro.poutine.runtime import am_i_wrapped
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_lvm._checks import warn_caller
@@ -136,8 +137,16 @@ def _installed(params: Params) -> Iterator[None]:
     try:
         yield
     finally:
+        _let_pickle()
         store.clear()
         add_to_store(outer)
+
+
+def _let_pickle() -> None:
+    """Take back the weak references that Pyro leaves on parameters, with which no module can be pickled."""
+    if not am_i_wrapped():  # else Pyro still reads them
+        for tensor, _ in current_params().values():
+            vars(tensor).pop("unconstrained", None)
 
 
 def add_to_store(params: Params) -> None:
@@ -301,6 +310,7 @@ def training_store(
             yield result
         finally:
             result["params"] = _remember(model, guide, model_names, guide_names, clashes)
+            _let_pickle()
 
 
 def _copy(param: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:

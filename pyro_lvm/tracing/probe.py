@@ -17,13 +17,13 @@ from pyro_lvm.errors import ParameterError, PlateError, SiteError
 from pyro_lvm.tracing.batch import Batch, Rows
 from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run
 from pyro_lvm.tracing.isolation import validation
-from pyro_lvm.tracing.params import current_params
+from pyro_lvm.tracing.params import current_params, module_parameters
 from pyro_lvm.tracing.particles import Draws, Latent, Layout, Mode, Runner
 from pyro_lvm.tracing.plates import check_enclosed, find_guide_plate, find_plate, nesting
 from pyro_lvm.tracing.sites import Match, check_determined, guide_sites, has_bounded_data, match_sites
 from pyro_lvm.tracing.tables import Table, agree
 
-__all__ = ["MISMATCH", "PROBE_ROWS", "Plan", "empty_guide", "probe_pair", "run_or_explain", "run_pair"]
+__all__ = ["MISMATCH", "PROBE_ROWS", "Plan", "empty_guide", "note_dtypes", "probe_pair", "run_or_explain", "run_pair"]
 
 _CPU_BYTES = 2**26  # what one chunk may allocate: a few times the cache, far below what a process has
 _ROWS = {"cpu": 128, "cuda": 1024}  # data a chunk: the guide runs once for each
@@ -195,6 +195,18 @@ def run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
         if "Expected parameter" in str(error):
             _check_finite(None)
         raise
+    except RuntimeError as error:
+        note_dtypes(error, batch.args, model, guide)
+        raise
+
+
+def note_dtypes(error: RuntimeError, args: Sequence[Any], *programs: Any) -> None:
+    """Add to torch's error that data and parameters have different dtypes, if they have."""
+    given = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()}
+    held = {p.dtype for program in programs for p in module_parameters(program) if p.is_floating_point()}
+    if given and held and given != held:
+        names = [", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) for dtypes in (given, held)]
+        error.add_note(f"x is {names[0]} and the parameters are {names[1]}: pass x.float(), or use module.double().")
 
 
 def _guide_follows(guide: Guide, batch: Batch, plate: str) -> bool:

@@ -5,26 +5,61 @@ from typing import Any
 
 import torch
 
+from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Guide, Model
+from pyro_lvm.errors import ParameterError
 from pyro_lvm.tracing.batch import Batch, Rows, make_batch
-from pyro_lvm.tracing.intercept import is_latent, is_observed, run
+from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run, support
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store, module_parameters, own_store, same_program
 from pyro_lvm.tracing.plates import common_plates, find_plate, nesting
 from pyro_lvm.tracing.probe import PROBE_ROWS, empty_guide, run_pair
 from pyro_lvm.tracing.tables import Table, agree, tabulate
 
-__all__ = ["batch_plate", "count_parameters", "parameter_names", "same_model"]
+__all__ = ["batch_plate", "count_parameters", "holds_probabilities", "parameter_names", "same_model"]
 
 
 def parameter_names(model: Model, guide: Guide, *args: Any) -> tuple[set[str], set[str]]:
-    """Names of the parameters that the model and the guide use, from one run of each."""
+    """Names of the parameters that the model and the guide use, from one run of each.
+
+    Raises:
+        ParameterError: two modules of the pair register different tensors under one name.
+    """
     with torch.no_grad():
         pair = run_pair(model, guide, Batch(args, (True,) * len(args)))
+    for trace in (pair.model, pair.guide):
+        _check_own_tensors(trace)
     model_names, guide_names = (
         {n for n, s in trace.items() if s["type"] == "param"} for trace in (pair.model, pair.guide)
     )
     return model_names, guide_names
+
+
+def _check_own_tensors(trace: Trace) -> None:
+    """`pyro.module` leaves a module its own tensors where the store has others of its names: Pyro would train those."""
+    others = []
+    for name, site in trace.items():
+        given = site["args"][1] if site["type"] == "param" and len(site["args"]) > 1 else None
+        held = getattr(site["value"], "unconstrained", lambda site=site: site["value"])()
+        if isinstance(given, torch.nn.Parameter) and held is not given:
+            others.append(name)
+    if others:
+        cure = (
+            "Two modules of one class share names: train one of them in the pair, or register it under another name. "
+            "A guide that differs from that of a VampPrior needs the prior as it is now, "
+            "`with torch.no_grad(): prior = vamp()`. After loading a param store, load state_dicts instead."
+        )
+        raise ParameterError(refuse("parameters", "those of the module that registers them", others[:3], cure))
+
+
+def holds_probabilities(model: Model, guide: Guide | None, data: Rows) -> bool | None:
+    """Whether p(x) is a probability, of discrete data, or a density; None where both are, or nothing can be told."""
+    with own_store(model, guide), torch.no_grad(), evaluation_rng(0), eval_mode(model, guide), suppress(Exception):
+        trace = run_pair(model, guide or empty_guide, data.rows(slice(0, PROBE_ROWS))).model
+        found = [support(s["fn"]) for s in trace.values() if is_observed(s)]
+        kinds = {bool(constraint.is_discrete) for constraint in found if constraint is not None}
+        return kinds.pop() if len(kinds) == 1 else None
+    return None
 
 
 def batch_plate(model: Model, guide: Guide, *args: Any) -> str | None:

@@ -72,7 +72,6 @@ class Engine:
         try:
             with self._unnoticed():
                 self.names = parameter_names(self.model, self.guide, *self.batch)
-                _check_own_tensors(self.names[0] | self.names[1], self.model, self.guide)
                 num_data = self.batches.num_data
                 self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
         except ValueError as error:
@@ -213,22 +212,6 @@ def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:
     if clash:
         cure = "Name the attributes differently in model and guide: Pyro would train one and never the other."
         raise ParameterError(refuse("guide", "names that the model does not use", clash, cure))
-
-
-def _check_own_tensors(names: set[str], *programs: Any) -> None:
-    """`pyro.module` leaves a module its own tensors where the store has others of its names: Pyro would train those."""
-    here = current_params()
-    for owner in map(anchor, programs):
-        if not isinstance(owner, torch.nn.Module) or isinstance(owner, PyroModule):
-            continue
-        own = {f"{type(owner).__name__}$$${key}": parameter for key, parameter in owner.named_parameters()}
-        others = [n for n, parameter in own.items() if n in names and here[n][0] is not parameter]
-        if others:
-            cure = (
-                "Two modules of one class share names: register one under another name. After loading a param store, "
-                "load the modules' own state_dict instead."
-            )
-            raise ParameterError(refuse("parameters", f"those of {type(owner).__name__} itself", others[:3], cure))
 
 
 def _bar(progress: bool | None, total: int) -> Any:

@@ -17,7 +17,7 @@ from pyro_lvm._typing import Data, Guide, Model
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.tracing.isolation import forked_rng
 from pyro_lvm.tracing.params import Fitted, Params, anchor, training_store
-from pyro_lvm.tracing.probe import empty_guide
+from pyro_lvm.tracing.probe import empty_guide, note_dtypes
 from pyro_lvm.training.batches import make_batches
 from pyro_lvm.training.engine import HOOKS, Engine, Hooks
 from pyro_lvm.training.optimizers import MakeOptimizer, adam
@@ -64,7 +64,8 @@ def fit(
         data: a tensor or array ``(N, ...)``, a tuple of them (the model's arguments; those with N rows are batched), a
             torch ``Dataset``, or a ``DataLoader`` with batches of its own.
         loss: a Pyro loss object, or a function ``loss(model, guide, *args)``. None is ``Trace_ELBO``; where the guide
-            lacks a discrete latent, or marks one, it is ``TraceEnum_ELBO``, which enumerates.
+            lacks a discrete latent, or marks one, it is ``TraceEnum_ELBO``, which enumerates; without a guide, where
+            Pyro cannot enumerate, it is the model's own exact ``log_prob``.
         optim: a function of the list of parameters that returns one torch optimizer for all, or a Pyro optimizer. None
             is Adam with learning rate 1e-3.
         num_epochs: passes over the data; give this or ``num_steps``.
@@ -118,9 +119,13 @@ def fit(
     with forked_rng(seed, devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NAN_WARNING, category=UserWarning)
         engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, hooks, devices)
-        with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
-            seconds = engine.train(optim or adam, num_epochs, num_steps, progress)
-            notes = _notes(engine.model, engine.guide)
+        try:
+            with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
+                seconds = engine.train(optim or adam, num_epochs, num_steps, progress)
+                notes = _notes(engine.model, engine.guide)
+        except RuntimeError as error:
+            note_dtypes(error, engine.batch, engine.model, engine.guide)
+            raise
     result = _result(engine, store["params"], seconds, notes)
     _report(result)
     return result

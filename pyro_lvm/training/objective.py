@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
@@ -26,6 +27,7 @@ from pyro_lvm.tracing.intercept import (
     without,
 )
 from pyro_lvm.tracing.isolation import eval_mode
+from pyro_lvm.tracing.params import anchor
 from pyro_lvm.tracing.plates import nesting
 from pyro_lvm.tracing.questions import batch_plate
 from pyro_lvm.training.diagnosis import check_follows_batches, outside_sites
@@ -67,12 +69,14 @@ def make_objective(
     """Look at one run of the pair on ``batch`` and decide; runs both programs.
 
     Raises:
-        SiteError: no loss is given and the guide lacks a latent that cannot be enumerated.
+        SiteError: the guide samples what the model does not have; or no loss is given and the guide lacks a latent
+            that cannot be enumerated.
         PlateError: the guide has parameters for each datum and a batch is not all data, or the loss must be scaled to
             the data set, and cannot be.
     """
     check_follows_batches(model, guide, batch, num_data)
     guide_trace, model_trace = _run_pair(model, guide, batch)
+    _check_no_surplus(model_trace, guide_trace)
     programs = {"model": model, "guide": guide}
     total = _scaled_by_itself(model_trace, len(batch[0]), num_data)
     if total is None and num_data != len(batch[0]):
@@ -94,9 +98,19 @@ def make_objective(
         programs["model"] = without(programs["model"], unobserved)
         model_trace = {n: s for n, s in model_trace.items() if n not in unobserved}
     if loss is None:
-        loss, enumerate_model = _default_loss(model_trace, guide_trace)
+        loss, enumerate_model = _default_loss(model, model_trace, guide_trace)
         programs["model"] = config_enumerate(programs["model"]) if enumerate_model else programs["model"]
     return Objective(programs["model"], programs["guide"], loss, total, outside_sites(model_trace))
+
+
+def _check_no_surplus(model: Trace, guide: Trace) -> None:
+    """A latent that only the guide has adds its entropy to the loss, which then is no bound."""
+    mine = [n for n, s in guide.items() if is_latent(s) and not s["infer"].get("is_auxiliary")]
+    surplus = [n for n in mine if n not in model]
+    if surplus:
+        latents = [n for n, s in model.items() if is_latent(s)]
+        cure = 'Give both the same name, or mark an auxiliary one with infer={"is_auxiliary": True}.'
+        raise SiteError(refuse("guide", f"no more than the latent sites {latents} of the model", surplus, cure))
 
 
 def _is_messenger(program: Program) -> bool:
@@ -111,11 +125,16 @@ def _run_pair(model: Program, guide: Program, batch: Args) -> tuple[Trace, Trace
         return guide_trace, run(model, batch, values=values)
 
 
-def _default_loss(model: Trace, guide: Trace) -> tuple[Any, bool]:
-    """`Trace_ELBO`, or `TraceEnum_ELBO` where a discrete latent is left to it; and whether the model must be marked."""
+def _default_loss(program: Program, model: Trace, guide: Trace) -> tuple[Any, bool]:
+    """`Trace_ELBO`, or `TraceEnum_ELBO` where a discrete latent is left to it; and whether the model must be marked.
+
+    Without a guide, a model with latents that Pyro cannot enumerate is trained by its own exact ``log_prob``.
+    """
     latents = {n: s["fn"] for n, s in model.items() if is_latent(s)}
     missing = {n: fn for n, fn in latents.items() if n not in guide and not isinstance(base_distribution(fn), Delta)}
     lacking = [n for n, fn in missing.items() if not getattr(fn, "has_enumerate_support", False)]
+    if lacking and not guide and callable(getattr(anchor(program), "log_prob", None)):
+        return _exact(anchor(program)), False
     if lacking:
         sampled = [n for n, s in guide.items() if is_latent(s)]
         cure = f"Sample {lacking} in the guide: only discrete latents may be left out, to be enumerated."
@@ -124,6 +143,15 @@ def _default_loss(model: Trace, guide: Trace) -> tuple[Any, bool]:
     if not (missing or marked):
         return Trace_ELBO(), False
     return TraceEnum_ELBO(max_plate_nesting=nesting(model, guide)), bool(missing)
+
+
+def _exact(owner: Any) -> Callable[..., torch.Tensor]:
+    def negative_log_prob(model: Program, guide: Program, *args: Any) -> torch.Tensor:
+        if isinstance(owner, torch.nn.Module):
+            pyro.module(type(owner).__name__, owner)  # where `SVI` looks for parameters
+        return -owner.log_prob(*args).sum()
+
+    return negative_log_prob
 
 
 def _scaled_by_itself(model: Trace, batch_size: int, num_data: int | None) -> int | None:

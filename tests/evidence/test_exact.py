@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pyro_lvm import log_marginal, ops
-from pyro_lvm.errors import PlateError, SupportError
+from pyro_lvm.errors import PlateError, ShapeError, SupportError
 from pyro_lvm.evidence import enumeration, prior, quadrature, uniform
+from pyro_lvm.models import BinaryLatent
 
 F64 = torch.float64
 
@@ -299,3 +300,10 @@ def test_uniform_fails_as_the_number_of_bits_grows_and_a_guide_does_not():
         assert bool(((guided.value - exact.value).abs() <= 5 * guided.stderr).all())
     assert errors[0] < errors[1] < errors[2]
     assert errors[2] > 1.0
+
+
+def test_more_bits_than_an_index_can_number_are_refused():
+    with pytest.raises(SupportError, match=r"expected fewer than 2\^62 joint values, got about 2\^64"):
+        enumeration(BinaryLatent(64, 3), torch.ones(2, 3))
+    with pytest.raises(ShapeError, match=r"got 2\^1100, about"):
+        BinaryLatent(1100, 3).log_prob(torch.ones(2, 3))

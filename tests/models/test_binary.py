@@ -322,17 +322,17 @@ def test_parameters_are_in_the_param_store_by_class_name():
 
 
 def test_too_many_terms_are_refused_with_their_number_and_time():
-    message = r"latent_dim: expected at most max_terms=4194304 terms, got 2\^23 = 8388608, about \d+ s for these data"
+    message = r"latent_dim: expected at most max_terms=4194304 terms, got 2\^23, about [\d.e+-]+ s for these data"
     with pytest.raises(ShapeError, match=message):
         make(23).log_prob(data())
     model = make(5)
-    with pytest.raises(ShapeError, match=r"Call log_prob\(x, max_terms=32\) to wait"):
+    with pytest.raises(ShapeError, match=r"Call log_prob\(x, max_terms=2\*\*5\) to wait"):
         model.log_prob(data(), max_terms=31)
     assert model.log_prob(data(), max_terms=32).isfinite().all()
 
 
 def test_terms_of_both_layers_count():
-    with pytest.raises(ShapeError, match=r"got 2\^7 = 128, about \d+ s"):
+    with pytest.raises(ShapeError, match=r"got 2\^7, about [\d.e+-]+ s"):
         deep(4, 3).log_prob(data(), max_terms=127)
     assert deep(4, 3).log_prob(data(), max_terms=128).isfinite().all()
 

@@ -264,3 +264,15 @@ def test_levels_are_validated():
                 p.expand((2,)).log_prob(torch.tensor(value))
         with pytest.raises(ValueError, match="scale"):
             LogisticLevels(torch.tensor(1.2), torch.tensor(-0.5), 4)
+
+
+def test_poisson_has_no_rate_that_rounds_to_zero_or_infinity():
+    log_rate = torch.tensor([-110.0, -110.0, 50.0], requires_grad=True)
+    x = torch.tensor([0.0, 2.0, 3.0])
+    value = likelihoods.Poisson()(log_rate, 0).base_dist.log_prob(x)
+    exact = [0.0, -220.0 - math.log(2.0), 150.0 - math.exp(50.0) - math.log(6.0)]
+    torch.testing.assert_close(value.detach(), torch.tensor(exact))
+    value[:2].sum().backward()
+    assert log_rate.grad.tolist()[:2] == [0.0, 2.0]
+    with pytest.raises(ValueError, match="support"):
+        likelihoods.Poisson()(log_rate.detach(), 0).base_dist.log_prob(x - 0.5)

@@ -366,3 +366,18 @@ def test_impossible_parameters_are_refused():
     for wrong in (-covariances, torch.ones(1, D, D), 1e-7 * covariances):
         with pytest.raises(ParameterError, match="covariances: expected positive definite"):
             model.set_parameters(weights, means, wrong)
+    lopsided = torch.tensor([[[2.0, 1.9], [0.0, 2.0]]])
+    with pytest.raises(ParameterError, match="covariances: expected symmetric"):
+        model.set_parameters(weights, means, lopsided)
+    means[0, 0] = math.nan
+    with pytest.raises(ParameterError, match="means: expected finite numbers"):
+        model.set_parameters(weights, means, covariances)
+
+
+def test_arrays_and_labels_found_elsewhere_are_taken():
+    x, labels = data(), torch.arange(7) % 3
+    model = make().initialize(x.numpy(), labels=labels.numpy())
+    for k in range(3):
+        torch.testing.assert_close(model.means[k].detach(), x[labels == k].mean(0).to(model.means.dtype))
+    with pytest.raises(ParameterError, match=r"labels: expected all of 0 to 2, got none of \[2\]"):
+        make().initialize(x, labels=labels % 2)

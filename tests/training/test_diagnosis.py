@@ -1,5 +1,7 @@
 """What `fit` refuses before or while it trains, under which name, and what it must not refuse."""
 
+import pickle
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,6 +18,8 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_lvm.errors import PlateError, PyroLVMError, SiteError, SupportError
+from pyro_lvm.models import BinaryLatent, GaussianMixture, NormalizingFlow
+from pyro_lvm.tracing import log_weights
 from pyro_lvm.training import fit
 
 CURE = r"pass batch_size=len\(x\) \(all data in each step\)"
@@ -337,3 +341,39 @@ def test_a_guide_outside_the_prior_keeps_the_error_of_pyro():
     with pytest.raises(ValueError, match="at site 'z'") as info:
         fit(model, guide, data(), num_steps=3, batch_size=10)
     assert not isinstance(info.value, PyroLVMError)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_site_that_the_model_lacks_would_make_the_loss_no_bound(beside):
+    mixture = GaussianMixture(3, 2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            if beside:
+                pyro.sample("z", dist.Categorical(torch.ones(3)))
+            pyro.sample("k", dist.Categorical(torch.ones(3)))
+
+    with pytest.raises(SiteError, match=r"guide: expected no more than the latent sites \['z'\] .*got \['k'\]"):
+        fit(mixture, guide, data(dim=2), num_steps=1)
+
+
+def test_data_of_another_dtype_get_a_note():
+    with pytest.raises(RuntimeError, match="dtype") as caught:
+        fit(NormalizingFlow(3), None, data().double(), num_steps=1)
+    assert "x is float64 and the parameters are float32" in caught.value.__notes__[0]
+
+
+def test_without_a_guide_a_model_is_trained_by_its_own_density():
+    torch.manual_seed(0)
+    model, x = BinaryLatent(2, 3), pixels().round()
+    before = model.log_prob(x).mean().item()
+    result = fit(model, None, x, num_steps=50, optim=lambda params: torch.optim.Adam(params, lr=0.05))
+    assert result.losses[0].item() == pytest.approx(-before, abs=1e-6)
+    assert model.log_prob(x).mean().item() > before + 0.05
+
+
+def test_modules_can_be_pickled_after_training_and_evaluation():
+    model, x = GaussianMixture(2, 2), data(dim=2)
+    fit(model, None, x, num_steps=2)
+    log_weights(model, model.posterior_guide, x)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model)).log_prob(x), model.log_prob(x))
