@@ -4,8 +4,8 @@ r"""How wrong is the gradient that a variational method follows? Judged by the e
     grad ELBO(x)  = E_q [grad log p(x, z)]                            the same mean, but under the guide q
     grad of the bound with K particles, L_K = E log 1/K sum_k p(x, z_k) / q(z_k | x), in between
 
-All by the model's parameters. L_1 is the ELBO: no number of draws removes the bias of its gradient, for the guide is not
-the posterior. That of L_K falls about like 1 / K, its noise like 1 / sqrt(K). Behind it: log p = ELBO + KL(q || p(z|x)).
+All by the model's parameters. L_1 is the ELBO: no number of draws removes its gradient's bias, for the guide is not the
+posterior. That of L_K falls about like 1 / K, its noise like 1 / sqrt(K). Behind it: log p = ELBO + KL(q, posterior).
 """
 
 import argparse

@@ -103,7 +103,9 @@ def compare(
     ranked = sorted(measured.values(), key=lambda row: -float(row.mean_over_runs(ranked_by).mean()))
     result = Comparison(tuple(ranked), ranked_by, reference, ())
     missing = [name for name in kinds if name not in measured]
-    return replace(result, notes=_notes(result, shared, missing) + _mixed({name: kinds[name] for name in measured}, source))
+    return replace(
+        result, notes=_notes(result, shared, missing) + _mixed({name: kinds[name] for name in measured}, source)
+    )
 
 
 def _one_model(kinds: Sequence[list[Pair] | LogMarginal], source: Rows) -> bool | None:
