@@ -7,7 +7,7 @@ A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the s
 * `compare` puts pairs side by side; `log_weights` and `elbo` are what all of it is made of.
 """
 
-from pyro_lvm import datasets, errors, evidence, guides, models, nn, ops, plots
+from pyro_lvm import datasets, errors, evidence, guides, models, nn, objectives, ops, plots
 from pyro_lvm._version import __version__
 from pyro_lvm.compare import compare
 from pyro_lvm.comparison import Comparison
@@ -56,6 +56,7 @@ __all__ = [
     "log_weights",
     "models",
     "nn",
+    "objectives",
     "ops",
     "plots",
 ]

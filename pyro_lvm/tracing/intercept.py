@@ -23,6 +23,8 @@ __all__ = [
     "base_distribution",
     "bounds",
     "element_constraint",
+    "indexed",
+    "in_words",
     "is_latent",
     "is_observed",
     "is_real",
@@ -107,6 +109,28 @@ class _ScalePlate(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
             msg["scale"] = msg["scale"] * self.factor
+
+
+class _Indices(Messenger):
+    """Gives a plate that would draw a subsample the indices of it."""
+
+    def __init__(self, plate: str, indices: torch.Tensor) -> None:
+        super().__init__()
+        self.plate, self.indices = plate, indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.plate and msg["value"] is None:
+            msg["value"], msg["done"] = self.indices, True
+
+
+def indexed(program: Callable[..., Any], plate: str) -> Callable[..., Any]:
+    """``program`` with a further first argument: the indices that ``plate`` would otherwise draw by itself."""
+
+    def chosen(indices: torch.Tensor, *args: Any) -> Any:
+        with _Indices(plate, indices):
+            return program(*args)
+
+    return chosen
 
 
 def scaled_plate(program: Callable[..., Any], plate: str, factor: float) -> Callable[..., Any]:
@@ -226,6 +250,16 @@ def element_constraint(constraint: Any) -> Any:
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
     return constraint
+
+
+def in_words(constraint: Any) -> str:
+    """The constraint on one element, for a message; bounds that differ between elements by the widest."""
+    constraint = element_constraint(constraint)
+    low, high = getattr(constraint, "lower_bound", -torch.inf), getattr(constraint, "upper_bound", torch.inf)
+    if not (isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor)):
+        return str(constraint)
+    least, most = float(torch.as_tensor(low).min()), float(torch.as_tensor(high).max())
+    return f"{type(constraint).__name__.lstrip('_')} from {least:g} to {most:g}"
 
 
 def is_real(constraint: Any) -> bool:

@@ -187,8 +187,13 @@ def _unfold(value: torch.Tensor, rank: int, layout: Layout, num_particles: int) 
     return _pad(value, rank, layout).unflatten(data, (num_particles, -1)).movedim(data, 0)
 
 
-def draw_from(trace: Trace, num_particles: int, layout: Layout, batch: Batch) -> tuple[Table, dict[str, Latent]]:
-    """Draw K particles from the distributions of one guide run, whose sites do not depend on one another."""
+def draw_from(
+    trace: Trace, num_particles: int, layout: Layout, batch: Batch, draws: Draws | None = None
+) -> tuple[Table, dict[str, Latent]]:
+    """Draw K particles from the distributions of one guide run, whose sites do not depend on one another.
+
+    ``draws`` are particles from before, to be scored.
+    """
     drawn: Trace = {}
     for name, site in trace.items():
         if not is_latent(site):
@@ -200,7 +205,8 @@ def draw_from(trace: Trace, num_particles: int, layout: Layout, batch: Batch) ->
             many.has_rsample = fn.has_rsample  # expand() forgets an attribute that was set on the instance
         frame = CondIndepStackFrame(PARTICLES, -layout.nesting - 1, num_particles, 0, num_particles)
         stack = (frame, *site["cond_indep_stack"])
-        drawn[name] = {**site, "fn": many, "value": many(), "cond_indep_stack": stack}
+        value = many() if draws is None else draws[name].value
+        drawn[name] = {**site, "fn": many, "value": value, "cond_indep_stack": stack}
     latents = _latents(drawn, lambda value, rank: value)
     table = tabulate(drawn, list(drawn), layout.plate, layout.num_data(batch), batch_dims=layout.nesting + 1)
     return table, latents

@@ -10,7 +10,7 @@ from pyro_lvm._checks import check_positive_int, data_tensor
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
-from pyro_lvm.tracing.intercept import element_constraint, is_latent, run
+from pyro_lvm.tracing.intercept import element_constraint, in_words, is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
 from pyro_lvm.tracing.particles import Draws, Runner, draw_from
@@ -34,6 +34,13 @@ class Proposal:
         if mode == "once":
             return draw_from(self.trace, num_particles, layout, self.batch)
         return Runner(self.guide, layout, guide_sites).run(self.batch, mode, num_particles)
+
+    def score(self, draws: Draws, num_particles: int) -> Table:
+        """log q(z | x) of K given draws, ``(K, N)``."""
+        layout, mode = self.plan.guide_layout, self.plan.guide_mode
+        if mode == "once":
+            return draw_from(self.trace, num_particles, layout, self.batch, draws)[0]
+        return Runner(self.guide, layout, guide_sites).run(self.batch, mode, num_particles, draws)[0]
 
 
 def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: int) -> Table:
@@ -71,9 +78,10 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
             rows = outside.nonzero()[:, dim].unique()
             where = f" ({len(rows)} of {len(batch)} data, the first of them row {first_row + int(rows[0])})"
         constraint = element_constraint(site["fn"].support)
+        allowed = in_words(constraint)
         example = site["value"][~constraint.check(site["value"])][0].tolist()
         raise SupportError(
-            f"observed site {name!r}: expected values in {constraint}, got {example}{where}. No density is there: "
+            f"observed site {name!r}: expected values in {allowed}, got {example}{where}. No density is there: "
             "transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         )
 

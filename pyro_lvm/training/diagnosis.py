@@ -14,7 +14,15 @@ import torch
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, PyroLVMError, SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, make_batch
-from pyro_lvm.tracing.intercept import Trace, element_constraint, is_latent, is_observed, run, vectorised_frames
+from pyro_lvm.tracing.intercept import (
+    Trace,
+    element_constraint,
+    in_words,
+    is_latent,
+    is_observed,
+    run,
+    vectorised_frames,
+)
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.plates import find_guide_plate, find_plate
 from pyro_lvm.tracing.probe import MISMATCH, Run, run_or_explain, run_pair
@@ -150,7 +158,7 @@ def _explained_score(trace: Trace, name: str, reason: str, num_data: int) -> Pyr
         cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         outside = value[~constraint.check(value)].flatten()
         example = outside[~outside.isnan()][0].item()
-        return SupportError(refuse(argument, f"values in {constraint}", example, cure))
+        return SupportError(refuse(argument, f"values in {in_words(constraint)}", example, cure))
     if "not broadcastable with" not in reason:
         return None
     plates = {f.name: f.size for f in vectorised_frames(site)}
