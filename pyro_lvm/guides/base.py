@@ -68,9 +68,16 @@ def as_guide(
 
 
 def sample_latent(
-    distribution: torch.distributions.Distribution, x: torch.Tensor, site: str = "z", data_plate: str = "data"
+    distribution: torch.distributions.Distribution,
+    x: torch.Tensor,
+    site: str = "z",
+    data_plate: str = "data",
+    infer: Any = None,
 ) -> torch.Tensor:
-    """Sample ``site`` from q(z|x), batch shape ``(N,)``, in the data plate: ``(N, L)`` or ``(K, N, L)``."""
+    """Sample ``site`` from q(z|x), batch shape ``(N,)``, in the data plate: ``(N, L)`` or ``(K, N, L)``.
+
+    ``infer`` is Pyro's dictionary of what the site asks of inference algorithms.
+    """
     if not isinstance(distribution, torch.distributions.Distribution):
         cure = "Return e.g. dist.Normal(loc, scale).to_event(1)."
         raise DataTypeError(refuse("q(x)", "a distribution", type(distribution).__name__, cure))
@@ -82,34 +89,37 @@ def sample_latent(
     is_pyro = isinstance(distribution, TorchDistributionMixin)
     fn: Any = distribution if is_pyro else dist.TransformedDistribution(distribution, [])
     with pyro.plate(data_plate, len(x)):
-        return pyro.sample(site, fn)
+        return pyro.sample(site, fn, infer=infer)
 
 
 class VariationalParameters(nn.Module):
-    """phi(x), ``(N, size)``: an encoder's output (amortised), or a table with one row for each datum (local).
+    """phi(x), ``(N, size)``: of an encoder (amortised), one row for each datum (local), or one for all (shared).
 
     Args:
         size: number of variational parameters of one datum.
         encoder: maps x ``(N, ...)`` to ``(N, size)``.
         num_data: N, for a table that starts at zero. Row n belongs to the n-th datum, so the guide then takes the whole
             data set in one order and nothing else.
+        shared: one row that starts at zero and serves every datum: a q(z) that does not depend on x.
 
     Raises:
-        DataTypeError: neither or both of ``encoder`` and ``num_data`` are given.
+        DataTypeError: not exactly one of ``encoder``, ``num_data`` and ``shared`` is given.
         ShapeError: (when used) the encoder's output has another size, or x has not ``num_data`` rows.
     """
 
-    def __init__(self, size: int, encoder: nn.Module | None, num_data: int | None) -> None:
+    def __init__(self, size: int, encoder: nn.Module | None, num_data: int | None, shared: bool = False) -> None:
         super().__init__()
-        if (encoder is None) == (num_data is None):
-            got = "neither" if encoder is None else "both"
-            cure = "Pass encoder= for an amortised guide, num_data= for one with local parameters."
-            raise DataTypeError(refuse("encoder, num_data", "exactly one of the two", got, cure))
+        uses = {"encoder": encoder is not None, "num_data": num_data is not None, "shared": shared}
+        given = [name for name, used in uses.items() if used]
+        if len(given) != 1:
+            cure = "Pass encoder= for an amortised guide, num_data= for local parameters, shared=True for one q(z)."
+            got = " and ".join(given) or "none"
+            raise DataTypeError(refuse(", ".join(uses), "exactly one of the three", got, cure))
         self.size = size
         self.encoder = encoder
-        self.table = (
-            None if num_data is None else nn.Parameter(torch.zeros(check_positive_int("num_data", num_data), size))
-        )
+        self.shared = shared
+        rows = 1 if num_data is None else check_positive_int("num_data", num_data)
+        self.table = nn.Parameter(torch.zeros(rows, size)) if encoder is None else None  # (N, size) or (1, size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """phi(x): ``(N, size)``."""
@@ -120,6 +130,8 @@ class VariationalParameters(nn.Module):
                 raise ShapeError(refuse("encoder", f"output of shape {(len(x), self.size)}", tuple(phi.shape), cure))
             return phi
         assert self.table is not None  # one of the two is
+        if self.shared:
+            return self.table.expand(len(x), -1)
         if len(x) != len(self.table):
             cure = "Local parameters belong to the data they were made for: pass all of it, in one batch."
             raise ShapeError(refuse("x", f"num_data={len(self.table)} data", len(x), cure))

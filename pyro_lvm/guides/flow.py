@@ -41,7 +41,8 @@ class Flow(nn.Module):
         latent_dim: L.
         encoder: maps x to ``(N, P + context_dim)``: the P parameters of the base (2 L, or L + L (L + 1) / 2), then
             the context of the steps.
-        num_data: N, for local base and context, in the place of ``encoder``; the steps are shared.
+        num_data: N, for local base and context, in the place of ``encoder``; the steps belong to all data.
+        shared: one base and context for every datum, in the place of ``encoder``.
         base: covariance of the base, ``"diagonal"`` or ``"full"``.
         num_steps: number of masked networks.
         hidden_dim: width of their hidden layer.
@@ -49,7 +50,7 @@ class Flow(nn.Module):
         site: the latent's name in the model.
 
     Raises:
-        DataTypeError: ``base`` is neither name, or neither or both of ``encoder`` and ``num_data`` are given.
+        DataTypeError: ``base`` is neither name, or not exactly one of ``encoder``, ``num_data``, ``shared`` is given.
         ShapeError: (when used) the encoder's output has another size, or x has not ``num_data`` rows.
 
     Source: Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow, Algorithm 1.
@@ -67,6 +68,7 @@ class Flow(nn.Module):
         encoder: nn.Module | None = None,
         *,
         num_data: int | None = None,
+        shared: bool = False,
         base: Literal["diagonal", "full"] = "diagonal",
         num_steps: int = 2,
         hidden_dim: int = 64,
@@ -80,7 +82,7 @@ class Flow(nn.Module):
         self.base = base
         self.base_size = diagonal_size(latent_dim) if base == "diagonal" else full_rank_size(latent_dim)
         check_positive_int("context_dim", context_dim)
-        self.phi = VariationalParameters(self.base_size + context_dim, encoder, num_data)
+        self.phi = VariationalParameters(self.base_size + context_dim, encoder, num_data, shared)
         self.steps = nn.ModuleList(
             _MaskedNetwork(latent_dim, context_dim, hidden_dim, reverse=step % 2 == 1)
             for step in range(check_positive_int("num_steps", num_steps))

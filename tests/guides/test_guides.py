@@ -7,11 +7,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_lvm.errors import DataTypeError, ShapeError
-from pyro_lvm.guides import DiagonalNormal, Flow, FullRankNormal, as_guide
+from pyro_lvm.guides import DiagonalNormal, Flow, FullRankNormal, LowRankNormal, MixtureOfNormals
 from pyro_lvm.models import LinearGaussian
 from pyro_lvm.nn import MLP
 from pyro_lvm.ops.gaussian import normal_kl
@@ -35,6 +34,14 @@ def full(latent_dim, reading):
     return FullRankNormal(latent_dim, **reading(latent_dim + latent_dim * (latent_dim + 1) // 2))
 
 
+def low_rank(latent_dim, reading):
+    return LowRankNormal(latent_dim, 1, **reading(3 * latent_dim))
+
+
+def mixture(latent_dim, reading):
+    return MixtureOfNormals(3, latent_dim, learn_weights=True, **reading(3 * (2 * latent_dim + 1)))
+
+
 def flow(latent_dim, reading):
     return Flow(latent_dim, **reading(2 * latent_dim + 4), hidden_dim=12, context_dim=4)
 
@@ -52,9 +59,13 @@ def local(size):
     return {"num_data": N}
 
 
-FAMILIES = pytest.mark.parametrize("family", [diagonal, full, flow, full_flow])
+def shared(size):
+    return {"shared": True}
+
+
+FAMILIES = pytest.mark.parametrize("family", [diagonal, full, low_rank, mixture, flow, full_flow])
 FLOWS = pytest.mark.parametrize("family", [flow, full_flow])
-READINGS = pytest.mark.parametrize("reading", [amortised, local])
+READINGS = pytest.mark.parametrize("reading", [amortised, local, shared])
 
 
 def make(family, latent_dim, reading=amortised, spread=0.3):
@@ -108,7 +119,7 @@ def test_density_of_a_datum_does_not_depend_on_the_others(family, reading):
     guide, x = make(family, 3, reading)
     z = torch.randn(N, 3, dtype=torch.float64)
     before = guide.distribution(x).log_prob(z)
-    x[1:], z[1:] = 7.0, 7.0
+    x[1:], z[1:] = 7.0, 2.0
     torch.testing.assert_close(guide.distribution(x).log_prob(z)[0], before[0])
 
 
@@ -150,9 +161,10 @@ def test_flow_starts_near_its_base():
         assert ((log_det / 3).exp() > 1 / (1 + math.exp(-1))).all()
 
 
-@FAMILIES
-def test_local_guides_start_at_the_prior(family):
-    guide = family(3, local)
+@pytest.mark.parametrize("reading", [local, shared])
+@pytest.mark.parametrize("family", [diagonal, full, low_rank, flow, full_flow])
+def test_parameters_of_zero_are_the_prior(family, reading):
+    guide = family(3, reading)
     q = guide.distribution(torch.zeros(N, D))
     base = getattr(q, "base_dist", q) if family in (flow, full_flow) else q
     torch.testing.assert_close(base.mean, torch.zeros(N, 3))
@@ -271,7 +283,7 @@ def test_guide_registers_its_parameters_and_uses_its_site(family):
     guide(torch.zeros(N, D))
     name = type(guide).__name__
     assert set(pyro.get_param_store().keys()) == {f"{name}$$${key}" for key, _ in guide.named_parameters()}
-    assert type(guide)(2, num_data=N, site="w").site == "w"
+    assert family(2, lambda size: {"num_data": N, "site": "w"}).site == "w"
 
 
 def train(model, guide, x, num_steps, loss):
@@ -333,94 +345,18 @@ def test_flow_finds_the_posterior(family):
     assert (ratio.mean(0) < 0.01 + 5 * ratio.std(0) / 2000**0.5).all()
 
 
-# ---------------------------------------------------------------- as_guide
-
-
-def test_as_guide_takes_densities_of_torch_and_of_pyro():
-    x = torch.randn(N, D)
-    torch_normal = torch.distributions.Independent(torch.distributions.Normal(x, 1.0), 1)
-    for q in (torch_normal, dist.Normal(x, 1.0).to_event(1)):
-        guide = as_guide(lambda x, q=q: q)
-        torch.manual_seed(0)
-        z = guide(x)
-        torch.manual_seed(0)
-        torch.testing.assert_close(z, x + torch.randn(N, D))
-        with pyro.plate("particles", 4, dim=-2):
-            assert guide(x).shape == (4, N, D)
-
-
-def test_as_guide_passes_arguments_site_and_plate():
-    guide = as_guide(lambda x, shift: dist.Normal(x + shift, 0.001).to_event(1), site="w", data_plate="rows")
-
-    def model(x, shift):
-        with pyro.plate("rows", len(x)):
-            w = pyro.sample("w", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=x)
-
-    x = torch.zeros(N, D)
-    assert guide(x, 5.0).mean() > 4.9
-    assert math.isfinite(Trace_ELBO().loss(model, guide, x, 5.0))
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(D, 2)
-
-    def forward(self, x):
-        return dist.Normal(self.net(x), 1.0).to_event(1)
-
-
-class PyroEncoder(PyroModule):
-    def __init__(self):
-        super().__init__()
-        self.net = PyroModule[nn.Linear](D, 2)
-
-    def forward(self, x):
-        return dist.Normal(self.net(x), 1.0).to_event(1)
-
-
-@pytest.mark.parametrize(
-    ("q", "names"),
-    [
-        (Encoder, {"Encoder$$$net.weight", "Encoder$$$net.bias"}),
-        (PyroEncoder, {"net.weight", "net.bias"}),
-    ],
-)
-def test_as_guide_registers_the_parameters_of_a_module_once(q, names):
-    guide = as_guide(q())
-    guide(torch.zeros(N, D))
-    assert set(pyro.get_param_store().keys()) == names
-    assert len(list(guide.parameters())) == 2
-
-
-@pytest.mark.parametrize(
-    ("q", "error", "message"),
-    [
-        (lambda x: x, DataTypeError, r"q\(x\): expected a distribution, got Tensor"),
-        (lambda x: dist.Normal(x, 1.0), ShapeError, r"expected batch shape \(5,\).*got batch shape \(5, 3\).*to_event"),
-        (lambda x: dist.Normal(x[0], 1.0).to_event(1), ShapeError, r"got batch shape \(\), event shape \(3,\)"),
-    ],
-)
-def test_as_guide_names_what_is_wrong(q, error, message):
-    with pytest.raises(error, match=message):
-        as_guide(q)(torch.zeros(N, D))
-
-
-def test_as_guide_wants_a_callable():
-    with pytest.raises(DataTypeError, match="q: expected a callable, got Tensor"):
-        as_guide(torch.zeros(2))
-
-
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("guide", [DiagonalNormal, FullRankNormal, Flow])
-def test_exactly_one_reading_is_given(guide):
-    with pytest.raises(DataTypeError, match="encoder, num_data: expected exactly one of the two, got neither"):
-        guide(2)
-    with pytest.raises(DataTypeError, match="got both"):
-        guide(2, MLP(D, [], 4), num_data=N)
+@FAMILIES
+def test_exactly_one_reading_is_given(family):
+    message = "encoder, num_data, shared: expected exactly one of the three, got none.*shared=True"
+    with pytest.raises(DataTypeError, match=message):
+        family(2, lambda size: {})
+    with pytest.raises(DataTypeError, match="got encoder and num_data"):
+        family(2, lambda size: {"encoder": MLP(D, [], size), "num_data": N})
+    with pytest.raises(DataTypeError, match="got num_data and shared"):
+        family(2, lambda size: {"num_data": N, "shared": True})
 
 
 @FAMILIES
