@@ -129,7 +129,7 @@ class VariationalParameters(nn.Module):
                 cure = f"Let its last layer put out {self.size} numbers a datum (flatten images first)."
                 raise ShapeError(refuse("encoder", f"output of shape {(len(x), self.size)}", tuple(phi.shape), cure))
             return phi
-        assert self.table is not None  # one of the two is
+        assert self.table is not None  # there is one wherever there is no encoder
         if self.shared:
             return self.table.expand(len(x), -1)
         if len(x) != len(self.table):

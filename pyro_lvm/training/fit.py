@@ -86,7 +86,8 @@ def fit(
     Raises:
         DataTypeError: an argument of the wrong kind, or not exactly one of ``num_epochs`` and ``num_steps``.
         ShapeError: no data, or a number that is too small.
-        SiteError: ``loss`` is None and the guide lacks a latent that cannot be enumerated; a ``to_event`` is missing.
+        SiteError: the guide samples what the model lacks; ``loss`` is None and the guide lacks a latent that cannot be
+            enumerated; a ``to_event`` is missing.
         PlateError: a plate has not the size of the data, or the guide has parameters for each datum (an AutoGuide with
             latents in the data plate) and ``batch_size`` is less than N.
         SupportError: validation refuses data outside the support of their likelihood.
