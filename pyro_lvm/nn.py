@@ -1,4 +1,4 @@
-"""Neural networks in plain torch that encoders and decoders are made of: perceptrons, and convolutions for images.
+"""Neural networks in plain torch: perceptrons, masked ones for autoregressive densities, convolutions for images.
 
 All of them take any number of leading dimensions, so that particles, data or both may come first.
 """
@@ -9,11 +9,12 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.functional import elu, linear
 
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm.errors import ShapeError
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "GatedMLP"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "GatedMLP", "MaskedMLP"]
 
 
 class MLP(nn.Module):
@@ -89,6 +90,74 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """f(x): ``(..., in_dim)`` to ``(..., out_dim)``."""
         return self.layers(x)
+
+
+class MaskedMLP(nn.Module):
+    r"""Network whose outputs for a coordinate see only the coordinates before it, and a context: MADE.
+
+    .. math:: h_1 = a\big((W_1 \odot M_1) u + b_1 + V c\big), \quad h_l = a\big((W_l \odot M_l) h_{l-1} + b_l\big),
+              \quad f(u, c) = (W \odot M) h_{last} + b, \qquad a = \text{ELU}
+
+    Coordinates have degrees 1 to D, in their order; hidden units take the degrees 0 to D - 1 in turn. A hidden unit of
+    degree m sees what lies below with a degree up to m, an output of coordinate d the hidden units of degrees below d.
+    In a hidden layer with fewer than D units, the outputs of the last coordinates see less than all before them.
+
+    Args:
+        dim: D.
+        hidden_dims: widths of the hidden layers; empty for one masked linear map.
+        outputs_per_coordinate: P, numbers that belong to each coordinate.
+        context_dim: C, size of a context that every unit of the first layer sees; 0 for none.
+        reverse: whether the order of the coordinates is from the last to the first.
+
+    Attributes:
+        order: the coordinates, first the one that sees none.
+        layers: the masked linear layers.
+
+    Raises:
+        DataTypeError: a size is not an integer.
+        ShapeError: a size is too small.
+
+    Source: Germain, Gregor, Murray and Larochelle (2015), MADE: Masked Autoencoder for Distribution Estimation,
+    Section 4.
+
+    Example:
+        >>> network = MaskedMLP(3, [16])
+        >>> torch.autograd.functional.jacobian(network, torch.zeros(3)) != 0
+        tensor([[False, False, False],
+                [ True, False, False],
+                [ True,  True, False]])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dims: Sequence[int],
+        outputs_per_coordinate: int = 1,
+        *,
+        context_dim: int = 0,
+        reverse: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive_int("dim", dim)
+        outputs = check_positive_int("outputs_per_coordinate", outputs_per_coordinate)
+        check_positive_int("context_dim", context_dim, minimum=0)
+        self.order = range(dim)[::-1] if reverse else range(dim)
+        degree = torch.arange(1, dim + 1).flip(0) if reverse else torch.arange(1, dim + 1)  # (D,)
+        hidden = [torch.arange(check_positive_int("hidden_dims", width)) % dim for width in hidden_dims]
+        first, *others = pairwise([degree, *hidden, (degree - 1).repeat(outputs)])
+        self.layers = nn.ModuleList([_MaskedLinear(*first)])
+        self.context = nn.Linear(context_dim, len(first[1]), bias=False) if context_dim else None
+        self.layers.extend(_MaskedLinear(*each) for each in others)
+
+    def forward(self, u: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """f: u ``(..., D)`` and context ``(..., C)`` to ``(..., P D)``, the first numbers of all coordinates first."""
+        first, *others = self.layers
+        hidden = first(u)
+        if self.context is not None:  # multiplied before it meets the particles of u
+            hidden = hidden + self.context(context)
+        for layer in others:
+            hidden = layer(elu(hidden))
+        return hidden
 
 
 class ConvDecoder(nn.Module):
@@ -204,6 +273,20 @@ class ConvEncoder(nn.Module):
             raise ShapeError(refuse("x", expected, tuple(x.shape), cure))
         codes = self.layers(x.reshape(-1, *self.image_shape))  # (rows, out_dim)
         return codes.reshape(*leading, codes.shape[-1])
+
+
+class _MaskedLinear(nn.Linear):
+    """A linear layer whose units see those below of a degree that is no larger than their own."""
+
+    mask: torch.Tensor
+
+    def __init__(self, below: torch.Tensor, above: torch.Tensor) -> None:
+        super().__init__(len(below), len(above))
+        self.register_buffer("mask", above[:, None] >= below, persistent=False)  # (out, in)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(W * mask) x + b."""
+        return linear(x, self.weight * self.mask, self.bias)
 
 
 def _widths(in_dim: int, hidden_dims: Sequence[int], out_dim: int) -> list[int]:

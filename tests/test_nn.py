@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pyro_lvm.errors import DataTypeError, ShapeError
-from pyro_lvm.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
+from pyro_lvm.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP, MaskedMLP
 
 
 def test_mlp_is_the_written_out_composition():
@@ -58,6 +58,55 @@ def test_gated_mlp_is_the_written_out_composition():
 
 def test_gated_mlp_without_hidden_layers_is_linear():
     assert [type(layer) for layer in GatedMLP(3, [], 2).layers] == [nn.Linear]
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dim", "hidden_dims", "outputs"), [(5, [11], 1), (5, [7, 9], 3), (5, [], 2), (1, [4], 2)])
+def test_masked_outputs_see_all_coordinates_before_and_none_else(dim, hidden_dims, outputs, reverse):
+    torch.manual_seed(0)
+    net = MaskedMLP(dim, hidden_dims, outputs, context_dim=2, reverse=reverse).double()
+    context = torch.randn(2, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda u: net(u, context), torch.randn(dim, dtype=torch.float64))
+    for seen in jacobian.unflatten(0, (outputs, dim)):  # (output, input)
+        place = {coordinate: i for i, coordinate in enumerate(net.order)}
+        expected = [[place[i] < place[o] for i in range(dim)] for o in range(dim)]
+        assert ((seen != 0) == torch.tensor(expected)).all()
+    assert list(net.order) == (list(range(dim))[::-1] if reverse else list(range(dim)))
+
+
+def test_every_masked_output_sees_the_context():
+    torch.manual_seed(0)
+    net, u = MaskedMLP(4, [9], 2, context_dim=3).double(), torch.randn(6, 4, dtype=torch.float64)
+    context = torch.randn(6, 3, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda c: net(u, c), context)  # (N, P D, N, C)
+    own = jacobian[torch.arange(6), :, torch.arange(6)]
+    assert (own != 0).all()
+    many = net(u.expand(7, 6, 4), context)  # the context has no particles
+    torch.testing.assert_close(many, net(u, context).expand(7, 6, 8))
+
+
+def test_masked_network_without_context_is_the_written_out_composition():
+    net, u = MaskedMLP(3, [5], 2).double(), torch.randn(6, 3, dtype=torch.float64)
+    first, last = net.layers
+    hidden = nn.functional.elu(u @ (first.weight * first.mask).T + first.bias)
+    torch.testing.assert_close(net(u), hidden @ (last.weight * last.mask).T + last.bias)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ((0, [4]), ShapeError, "dim: expected 1 or more, got 0"),
+        ((3, [0]), ShapeError, "hidden_dims: expected 1 or more, got 0"),
+        ((3, [4], 0), ShapeError, "outputs_per_coordinate: expected 1 or more, got 0"),
+        ((3, [4.0]), DataTypeError, "hidden_dims: expected an integer"),
+    ],
+)
+def test_a_bad_size_of_a_masked_network_is_named(sizes, error, message):
+    with pytest.raises(error, match=message):
+        MaskedMLP(*sizes)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -7,17 +7,18 @@ Draws of discrete latents have no pathwise gradient. Pyro's ELBOs use the score 
 or sum z out where it can be enumerated, which is exact. Each density here is exact at any z, also one that is replayed.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
 from torch.distributions import constraints
-from torch.nn.functional import elu, linear, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from pyro_lvm._checks import check_positive_int
 from pyro_lvm.guides.base import VariationalParameters, sample_latent
+from pyro_lvm.nn import MaskedMLP
 
 __all__ = ["AutoregressiveBernoulli", "Bernoulli", "Categorical"]
 
@@ -174,7 +175,10 @@ class AutoregressiveBernoulli(nn.Module):
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         check_positive_int("context_dim", context_dim)
         self.phi = VariationalParameters(latent_dim + context_dim, encoder, num_data, shared)
-        self.network = _MaskedNetwork(latent_dim, hidden_dim, context_dim)
+        self.network = MaskedMLP(latent_dim, [check_positive_int("hidden_dim", hidden_dim)], context_dim=context_dim)
+        output = cast(nn.Linear, self.network.layers[-1])
+        output.register_parameter("bias", None)  # the logits a are that already
+        nn.init.zeros_(output.weight)
         self.site = site
 
     def distribution(self, x: torch.Tensor) -> "_Chain":
@@ -188,34 +192,6 @@ class AutoregressiveBernoulli(nn.Module):
         return sample_latent(self.distribution(x), x, self.site)
 
 
-class _MaskedNetwork(nn.Module):
-    """f(z, h), where f_l depends on the context h and on the latents before l only.
-
-    Hidden units have degrees 0 to L - 1. A unit sees as many latents as its degree; f_l sees the units of degrees below
-    l (l = 1, ..., L).
-    """
-
-    input_mask: torch.Tensor
-    output_mask: torch.Tensor
-
-    def __init__(self, latent_dim: int, hidden_dim: int, context_dim: int) -> None:
-        super().__init__()
-        hidden = torch.arange(check_positive_int("hidden_dim", hidden_dim)) % latent_dim  # degrees, (H,)
-        self.input = nn.Linear(latent_dim, hidden_dim)
-        self.context = nn.Linear(context_dim, hidden_dim, bias=False)
-        self.output = nn.Linear(hidden_dim, latent_dim, bias=False)
-        nn.init.zeros_(self.output.weight)
-        place = torch.arange(1, latent_dim + 1)  # (L,)
-        self.register_buffer("input_mask", hidden[:, None] >= place, persistent=False)  # (H, L)
-        self.register_buffer("output_mask", place[:, None] > hidden, persistent=False)  # (L, H)
-
-    def forward(self, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """f, shaped as z ``(..., N, L)``."""
-        # The context (N, C) is multiplied before it meets the particles of z.
-        hidden = elu(linear(z, self.input.weight * self.input_mask, self.input.bias) + self.context(context))
-        return linear(hidden, self.output.weight * self.output_mask)
-
-
 class _Chain(dist.TorchDistribution):
     """q(z|x) of `AutoregressiveBernoulli` for one batch of x."""
 
@@ -223,7 +199,7 @@ class _Chain(dist.TorchDistribution):
     support = constraints.independent(constraints.boolean, 1)
 
     def __init__(
-        self, network: _MaskedNetwork, logits: torch.Tensor, context: torch.Tensor, batch_shape: Shape | None = None
+        self, network: MaskedMLP, logits: torch.Tensor, context: torch.Tensor, batch_shape: Shape | None = None
     ) -> None:
         self.network = network
         self.logits = logits  # a, (N, L)

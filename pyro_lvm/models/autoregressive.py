@@ -6,18 +6,19 @@ One network gives all conditionals at once. Masks cut every path from x_d to the
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from typing import cast
 
 import pyro
 import torch
 from torch import nn
 from torch.distributions import constraints
-from torch.nn.functional import elu, linear, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm.errors import ShapeError
 from pyro_lvm.models.binary import check_binary
 from pyro_lvm.models.density import ExactDistribution
+from pyro_lvm.nn import MaskedMLP
 
 __all__ = ["Autoregressive"]
 
@@ -32,8 +33,11 @@ class Autoregressive(nn.Module):
 
     Args:
         data_dim: D.
-        hidden_dims: widths of the hidden layers. In one with fewer than D units, the conditionals of the last
-            dimensions see less than all before them.
+        hidden_dims: widths of the hidden layers of the ``nn.MaskedMLP``. In one with fewer than D units, the
+            conditionals of the last dimensions see less than all before them.
+
+    Attributes:
+        network: the ``nn.MaskedMLP``, from x to the logits of all conditionals.
 
     Raises:
         DataTypeError: a size is not an integer.
@@ -53,11 +57,10 @@ class Autoregressive(nn.Module):
     def __init__(self, data_dim: int, hidden_dims: Sequence[int]) -> None:
         super().__init__()
         self.data_dim = check_positive_int("data_dim", data_dim)
-        hidden = [torch.arange(check_positive_int("hidden_dims", width)) % data_dim for width in hidden_dims]
-        coordinates = torch.arange(1, data_dim + 1)
-        # Units of degree m see the coordinates up to m; the output d is one of degree d - 1.
-        degrees = [coordinates, *hidden, coordinates - 1]
-        self.layers = nn.ModuleList(_MaskedLinear(below, above) for below, above in pairwise(degrees))
+        self.network = MaskedMLP(data_dim, hidden_dims)
+        for layer in self.network.layers:
+            nn.init.xavier_uniform_(cast(nn.Linear, layer).weight)
+            nn.init.zeros_(cast(nn.Linear, layer).bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The Pyro model; returns x, ``(N, D)``."""
@@ -69,10 +72,7 @@ class Autoregressive(nn.Module):
 
     def conditional_logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of p(x_d = 1 | x before d), for all d: ``(..., D)`` of x ``(..., D)``."""
-        *hidden, output = self.layers
-        for layer in hidden:
-            x = elu(layer(x))
-        return output(x)
+        return self.network(x)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Exact log p(x) in nats, ``(...)``, of x ``(..., D)``."""
@@ -94,19 +94,3 @@ class Autoregressive(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.data_dim or batch_dims not in (None, x.dim() - 1):
             cure = "Flatten each datum, x.flatten(1), or make the model with the data's dimension."
             raise ShapeError(refuse("x", f"shape (N, {self.data_dim})", tuple(x.shape), cure))
-
-
-class _MaskedLinear(nn.Linear):
-    """A linear layer whose units see those below of a degree that is no larger than their own."""
-
-    mask: torch.Tensor
-
-    def __init__(self, below: torch.Tensor, above: torch.Tensor) -> None:
-        super().__init__(len(below), len(above))
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
-        self.register_buffer("mask", above[:, None] >= below, persistent=False)  # (out, in)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(W * mask) x + b."""
-        return linear(x, self.weight * self.mask, self.bias)

@@ -1,11 +1,7 @@
 r"""A normalizing flow over x: an exact density without a latent.
 
-Layers of affine couplings bend a standard normal u into x. Each layer keeps half of the coordinates, u_A, and moves the
-others by functions of them:
-
-.. math:: x_A = u_A, \qquad x_B = u_B e^{s(u_A)} + t(u_A), \qquad \log |\det \partial x / \partial u| = \sum_B s(u_A)
-
-Both directions and the determinant cost one pass of each network.
+Layers of affine couplings, ``transforms.AffineCoupling``, bend a standard normal u into x. Both directions and the
+determinant cost one pass of each network.
 """
 
 import math
@@ -20,12 +16,9 @@ from torch.distributions import constraints
 from pyro_lvm._checks import check_positive_int, data_tensor, refuse
 from pyro_lvm.errors import ParameterError, ShapeError
 from pyro_lvm.models.density import ExactDistribution
-from pyro_lvm.nn import MLP
+from pyro_lvm.transforms import AffineCoupling, CouplingNetwork
 
 __all__ = ["NormalizingFlow"]
-
-#: One layer stretches by e^2 at most, so that layers can be inverted in float32.
-_MAX_LOG_SCALE = 2.0
 
 
 class NormalizingFlow(nn.Module):
@@ -63,7 +56,7 @@ class NormalizingFlow(nn.Module):
         super().__init__()
         self.data_dim = check_positive_int("data_dim", data_dim, minimum=2)
         check_positive_int("num_layers", num_layers)
-        self.couplings = nn.ModuleList(_Coupling(data_dim, hidden_dims, i % 2) for i in range(num_layers))
+        self.couplings = nn.ModuleList(CouplingNetwork(data_dim, hidden_dims, 2, i % 2) for i in range(num_layers))
         self.loc = nn.Parameter(torch.zeros(data_dim))  # (D,)
         self.log_scale = nn.Parameter(torch.zeros(data_dim))  # (D,)
 
@@ -84,15 +77,15 @@ class NormalizingFlow(nn.Module):
         self._check(x)
         u = (x - self.loc) * (-self.log_scale).exp()
         log_det = -self.log_scale.sum().expand(u.shape[:-1])
-        for coupling in reversed(self.couplings):
-            u, change = cast(_Coupling, coupling).inverse(u)
-            log_det = log_det + change
+        for network in reversed(self.couplings):
+            u, change = AffineCoupling(cast(CouplingNetwork, network)).backwards(u)
+            log_det = log_det - change
         return u, log_det
 
     def from_base(self, u: torch.Tensor) -> torch.Tensor:
         """x of u, both ``(..., D)``: the inverse of `to_base`."""
-        for coupling in self.couplings:
-            u = coupling(u)
+        for network in self.couplings:
+            u, _ = AffineCoupling(cast(CouplingNetwork, network)).forwards(u)
         return self.loc + u * self.log_scale.exp()
 
     @torch.no_grad()
@@ -123,31 +116,3 @@ class NormalizingFlow(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.data_dim or batch_dims not in (None, x.dim() - 1):
             cure = "Flatten each datum, x.flatten(1), or make the model with the data's dimension."
             raise ShapeError(refuse("x", f"shape (N, {self.data_dim})", tuple(x.shape), cure))
-
-
-class _Coupling(nn.Module):
-    """One affine coupling: the coordinates of one parity are kept, and move the others."""
-
-    kept: torch.Tensor
-
-    def __init__(self, data_dim: int, hidden_dims: Sequence[int], parity: int) -> None:
-        super().__init__()
-        self.net = MLP(data_dim, hidden_dims, 2 * data_dim)
-        nn.init.zeros_(cast(nn.Linear, self.net.layers[-1]).weight)  # the identity to start with
-        self.register_buffer("kept", torch.arange(data_dim) % 2 == parity, persistent=False)  # (D,)
-
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """x of u."""
-        log_scale, shift = self._move(u)
-        return u * log_scale.exp() + shift
-
-    def inverse(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """u of x, and log |det du/dx|."""
-        log_scale, shift = self._move(x)
-        return (x - shift) * (-log_scale).exp(), -log_scale.sum(-1)
-
-    def _move(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """s and t, zero for what is kept; they read nothing else, so x and u give the same."""
-        raw, shift = self.net(x * self.kept).chunk(2, dim=-1)
-        log_scale = _MAX_LOG_SCALE * torch.tanh(raw / _MAX_LOG_SCALE)
-        return log_scale * ~self.kept, shift * ~self.kept

@@ -109,7 +109,8 @@ def test_each_bit_of_a_chain_sees_all_before_it_and_none_else() -> None:
     own = jacobian[torch.arange(N), :, torch.arange(N)]  # (N, L, L)
     assert not own.triu().any()
     assert (own[:, *torch.tril_indices(L, L, -1)] != 0).all()
-    assert jacobian.abs().sum() == own.abs().sum()  # none of another datum
+    jacobian[torch.arange(N), :, torch.arange(N)] = 0
+    assert not jacobian.any()  # none of another datum
 
 
 @READINGS

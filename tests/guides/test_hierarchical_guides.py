@@ -1,4 +1,4 @@
-"""On a linear hierarchy with one dimension a layer both guides can be the posterior: all weights equal log p(x)."""
+"""On a linear hierarchy with one dimension a layer each guide can be the posterior: all weights equal log p(x)."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 import pyro_lvm
 from pyro_lvm.errors import DataTypeError, ShapeError
-from pyro_lvm.guides import BottomUp, TopDown
+from pyro_lvm.guides import BottomUp, Ladder, TopDown
 from pyro_lvm.models import HierarchicalGaussian
 from pyro_lvm.nn import MLP
 from pyro_lvm.tracing.intercept import run
@@ -26,7 +26,7 @@ def set_to(layer: nn.Linear, conditional: tuple[torch.Tensor, torch.Tensor, torc
     affine(layer, gain, offset, raw.reshape(-1))
 
 
-def exact_bottom_up(joint: Joint, dims: list[int]) -> BottomUp:
+def exact_bottom_up(model: HierarchicalGaussian, joint: Joint, dims: list[int]) -> BottomUp:
     encoder = nn.Linear(D, 2)
     guide = BottomUp(dims, encoder, hidden_dims=()).double()
     set_to(encoder, joint.conditional(0, -1))
@@ -35,7 +35,7 @@ def exact_bottom_up(joint: Joint, dims: list[int]) -> BottomUp:
     return guide
 
 
-def exact_top_down(joint: Joint, dims: list[int]) -> TopDown:
+def exact_top_down(model: HierarchicalGaussian, joint: Joint, dims: list[int]) -> TopDown:
     guide = TopDown(dims, nn.Identity(), feature_dim=D, hidden_dims=()).double()
     top = len(dims) - 1
     for layer, network in enumerate(guide.networks):
@@ -44,7 +44,29 @@ def exact_top_down(joint: Joint, dims: list[int]) -> TopDown:
     return guide
 
 
-EXACT = pytest.mark.parametrize("exact", [exact_bottom_up, exact_top_down])
+def exact_ladder(model: HierarchicalGaussian, joint: Joint, dims: list[int]) -> Ladder:
+    """The message to a layer is p(x | z_m) = N(g z_m + b, R) as a function of z_m, of precision g' R^-1 g."""
+    guide = Ladder(model, nn.Linear(D, 2 * len(dims))).double()
+    gains, offsets, raws = [], [], []
+    for layer in range(len(dims)):
+        if layer < len(dims) - 1:
+            gain, offset, covariance = joint.conditional(-1, layer)
+            information = gain.T @ torch.linalg.inv(covariance)  # (1, D)
+            variance = (information @ gain).reciprocal()
+            back, start = variance * information, -(variance * information) @ offset
+        else:
+            back, start, variance = joint.conditional(layer, -1)
+        gains.append(back)
+        offsets.append(start)
+        raws.append(variance.sqrt().expm1().log().reshape(-1) - math.log(math.e - 1))
+    with torch.no_grad():  # of each layer, the mean and then the raw scale
+        rows = [row for back in gains for row in (back, torch.zeros_like(back))]
+        guide.phi.encoder.weight.copy_(torch.cat(rows))
+        guide.phi.encoder.bias.copy_(torch.cat([part for pair in zip(offsets, raws, strict=True) for part in pair]))
+    return guide
+
+
+EXACT = pytest.mark.parametrize("exact", [exact_bottom_up, exact_top_down, exact_ladder])
 
 
 class Flattening(nn.Module):
@@ -66,7 +88,9 @@ def test_every_weight_of_the_posterior_is_the_evidence(exact: Any, dims: list[in
     joint = Joint(model)
     expected = joint.density(-1).log_prob(x).expand(num_particles, N)
     for vectorize in ("auto", False):
-        table = pyro_lvm.log_weights(model, exact(joint, dims), x, num_particles=num_particles, vectorize=vectorize)
+        table = pyro_lvm.log_weights(
+            model, exact(model, joint, dims), x, num_particles=num_particles, vectorize=vectorize
+        )
         torch.testing.assert_close(table, expected, rtol=0, atol=1e-10)
 
 
@@ -76,7 +100,7 @@ def test_every_weight_of_the_posterior_is_the_evidence(exact: Any, dims: list[in
 def test_all_ways_to_run_a_pair_agree(exact: Any, dims: list[int], mode: str) -> None:
     model, x = linear_model(dims), data()
     joint = Joint(model)
-    guide = exact(joint, dims)
+    guide = exact(model, joint, dims)
     if mode == "folded":
         model.decoder = Flattening(model.decoder)
     vectorize = False if mode == "looped" else "auto"
@@ -94,10 +118,35 @@ def test_density_of_given_latents(exact: Any, dims: list[int]) -> None:
     joint, layers = Joint(model), range(len(dims))
     v = [torch.randn(N, 1).double() for _ in dims]
     names = ["z", *(f"z{layer + 1}" for layer in layers[1:])]
-    trace = run(exact(joint, dims), (x,), values=dict(zip(names, v, strict=True)))
+    trace = run(exact(model, joint, dims), (x,), values=dict(zip(names, v, strict=True)))
     got = sum(trace[name]["fn"].log_prob(trace[name]["value"]) for name in names)
     everything = joint.density(*layers, -1).log_prob(torch.cat([*v, x], dim=-1))
     torch.testing.assert_close(got, everything - joint.density(-1).log_prob(x), rtol=1e-12, atol=1e-10)
+
+
+def amortised(size: int) -> dict[str, Any]:
+    return {"encoder": MLP(D, [8], size)}
+
+
+def local(size: int) -> dict[str, Any]:
+    return {"num_data": N}
+
+
+def shared(size: int) -> dict[str, Any]:
+    return {"shared": True}
+
+
+READINGS = pytest.mark.parametrize("reading", [amortised, local, shared])
+
+
+def every(dims: list[int], reading: Any = amortised) -> list[Any]:
+    torch.manual_seed(0)
+    model = HierarchicalGaussian(MLP(dims[0], [8], D), dims, hidden_dims=(8,))
+    return [
+        BottomUp(dims, **reading(2 * dims[0]), hidden_dims=(8,)),
+        TopDown(dims, **reading(5), feature_dim=5, hidden_dims=(8,)),
+        Ladder(model, **reading(2 * sum(dims))),
+    ]
 
 
 def both(dims: list[int], data_dim: int) -> list[nn.Module]:
@@ -107,10 +156,11 @@ def both(dims: list[int], data_dim: int) -> list[nn.Module]:
     ]
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_sites_shapes_and_names(which: int) -> None:
+@READINGS
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_sites_shapes_and_names(which: int, reading: Any) -> None:
     dims, x = [4, 3, 2], torch.randn(N, D)
-    guide = both(dims, D)[which]
+    guide = every(dims, reading)[which]
     assert guide(x).shape == (N, 4)
     with pyro.plate("particles", 6, dim=-2):
         trace = poutine.trace(guide).get_trace(x).nodes
@@ -121,15 +171,23 @@ def test_sites_shapes_and_names(which: int) -> None:
     }
     first = ["z", "z2", "z3"] if which == 0 else ["z3", "z2", "z"]
     assert [name for name in trace if name in ("z", "z2", "z3")] == first
-    assert all(name.startswith(f"{type(guide).__name__}$$$") for name in pyro.get_param_store())
-    assert set(dict(guide.named_parameters())) == {name.split("$$$")[1] for name in pyro.get_param_store()}
+    own = {f"{type(guide).__name__}$$${name}" for name, _ in guide.named_parameters()}
+    shared = (
+        {f"HierarchicalGaussian$$$between.{name}" for name, _ in guide.model.between.named_parameters()}
+        if (which == 2)
+        else set()
+    )
+    assert set(pyro.get_param_store()) == own | shared
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_particles_agree_with_the_loop(which: int) -> None:
+@READINGS
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_particles_agree_with_the_loop(which: int, reading: Any) -> None:
     torch.manual_seed(0)
     dims, x = [3, 2, 2], torch.randn(N, D)
-    guide = both(dims, D)[which].double()
+    guide = every(dims, reading)[which].double()
+    if which == 2:
+        guide.model.double()
     values = {name: torch.randn(6, N, size).double() for name, size in zip(("z", "z2", "z3"), dims, strict=True)}
     with pyro.plate("particles", 6, dim=-2):
         together = run(guide, (x.double(),), values=values)
@@ -180,3 +238,11 @@ def test_wrong_encoders_are_refused() -> None:
         TopDown([3, 2], nn.Linear(D, 5), feature_dim=6)(x)
     with pytest.raises(ShapeError, match="feature_dim: expected 1 or more, got 0"):
         TopDown([3, 2], nn.Linear(D, 5), feature_dim=0)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_exactly_one_reading_is_given(which: int) -> None:
+    with pytest.raises(DataTypeError, match="encoder, num_data, shared: expected exactly one of the three, got none"):
+        every([3, 2], lambda size: {})[which]
+    with pytest.raises(ShapeError, match="x: expected num_data=4 data, got 3"):
+        every([3, 2], local)[which](torch.zeros(3, D))

@@ -65,7 +65,7 @@ def test_log_prob_is_the_sum_of_the_conditionals():
 def test_large_logits_keep_their_digits():
     model = make(1, [])
     with torch.no_grad():
-        model.layers[0].bias.fill_(21.0)
+        model.network.layers[0].bias.fill_(21.0)
     expected = torch.tensor([-21 - math.log1p(math.exp(-21)), -math.log1p(math.exp(-21))], dtype=torch.float64)
     torch.testing.assert_close(model.log_prob(all_binary(1)).detach(), expected, rtol=1e-12, atol=0)
 
