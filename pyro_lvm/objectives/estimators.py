@@ -1,7 +1,10 @@
-r"""Four ways to draw from a guide, so that autograd of :math:`\log \frac1K \sum_k w_k` gives four gradient estimators.
+r"""Six ways to draw from a guide, so that autograd of the mean of M bounds gives six estimators of its gradient.
 
-With :math:`\bar w_k = w_k / \sum_j w_j`, autograd multiplies what reaches log w_k by :math:`\bar w_k`. A proposal hands
-out draws z and a table log q(z | x) of the same values as ever, and decides what of the gradient gets through them.
+.. math:: \hat L_m = \log \frac1K \sum_{k=1}^K w_{mk}, \qquad
+          \bar w_{mk} = \frac{w_{mk}}{\sum_j w_{mj}} = \frac{\partial \hat L_m}{\partial \log w_{mk}}
+
+A proposal hands out draws z and a table log q(z | x) of the same values as ever, and decides what of the gradient gets
+through them. What it adds besides has the value zero: only its gradient counts.
 """
 
 import torch
@@ -16,7 +19,16 @@ from pyro_lvm.tracing.probe import Plan
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import Proposal
 
-__all__ = ["ESTIMATORS", "DoublyReparameterized", "Standard", "StickingTheLanding", "Vimco"]
+__all__ = [
+    "ESTIMATORS",
+    "DoublyReparameterized",
+    "Reinforce",
+    "ReweightedWakeSleep",
+    "Scored",
+    "Standard",
+    "StickingTheLanding",
+    "Vimco",
+]
 
 
 class Standard(Proposal):
@@ -27,15 +39,21 @@ class Standard(Proposal):
         guide: q(z | x).
         batch: its arguments.
         check: make sure that the guide gives its own draws the density that they were drawn with.
+
+    Attributes:
+        level: b(x), ``(N,)``, what `Reinforce` takes the bound of each datum to be; None to leave it out.
     """
+
+    needs_rsample = True
 
     def __init__(self, plan: Plan, guide: Guide, batch: Batch, *, check: bool = False) -> None:
         super().__init__(plan, guide, batch)
         self.check = check
+        self.level: torch.Tensor | None = None
 
     def bound(self, log_weights: torch.Tensor) -> torch.Tensor:
-        """The bound of each datum, ``(N,)``, from log-weights ``(K, N)``."""
-        return log_mean_exp(log_weights)
+        """The bound of each datum, ``(N,)``, from log-weights ``(M, K, N)``."""
+        return log_mean_exp(log_weights, 1).mean(0)
 
     def detached(self, log_q: Table, draws: Draws, num_particles: int) -> tuple[Table, Draws]:
         """log q(z | x) at draws that carry no gradient: that of the table is the score."""
@@ -54,14 +72,14 @@ class StickingTheLanding(Standard):
     """The score, the gradient of log q(z | x) at fixed z, is taken out; the path through z is left."""
 
     def draw(self, num_particles: int) -> tuple[Table, Draws]:
-        """log q(z | x), ``(K, N)``, and z."""
+        """log q(z | x), one row a particle, and z."""
         log_q, draws = super().draw(num_particles)
         score = self.detached(log_q, draws, num_particles)[0].total
         return Table(log_q.total - (score - score.detach()), log_q.magnitude), draws
 
 
 class DoublyReparameterized(StickingTheLanding):
-    r"""Besides, what flows back through z is multiplied by :math:`\bar w_k` once more.
+    r"""Besides, what flows back through z is multiplied by :math:`\bar w_{mk}` once more.
 
     The model sees copies of z, and the draws of the guide that depend on one another do not see these: a factor is
     applied once, whatever the path from z to the parameters.
@@ -73,10 +91,10 @@ class DoublyReparameterized(StickingTheLanding):
             plate = f"data plate {plan.model_layout.plate!r}"
             raise PlateError(refuse(plate, "a tensor dimension", "a sequential plate", cure))
         super().__init__(plan, guide, batch, check=check)
-        self.weights: list[torch.Tensor] = []  # (K, N), once they are known; not in the graph, so that it can be freed
+        self.weights: list[torch.Tensor] = []  # (M * K, N), once known; not in the graph, so that it can be freed
 
     def draw(self, num_particles: int) -> tuple[Table, Draws]:
-        """log q(z | x), ``(K, N)``, and z."""
+        """log q(z | x), one row a particle, and z."""
         log_q, draws = super().draw(num_particles)
         layout = self.plan.guide_layout
         data = 1 + layout.nesting + (layout.dim or 0)  # position of the data in a latent
@@ -84,8 +102,8 @@ class DoublyReparameterized(StickingTheLanding):
         return Table(self._weighted(log_q.total, 1), log_q.magnitude), copies
 
     def bound(self, log_weights: torch.Tensor) -> torch.Tensor:
-        """The bound of each datum, ``(N,)``, from log-weights ``(K, N)``."""
-        self.weights.append(log_weights.detach().softmax(0))
+        """The bound of each datum, ``(N,)``, from log-weights ``(M, K, N)``."""
+        self.weights.append(log_weights.detach().softmax(1).flatten(0, 1))
         return super().bound(log_weights)
 
     def _weighted(self, tensor: torch.Tensor, data: int) -> torch.Tensor:
@@ -106,34 +124,83 @@ class DoublyReparameterized(StickingTheLanding):
         return copy
 
 
-class Vimco(Standard):
-    r"""Draws without gradient; the score of each is multiplied by what its draw adds to the bound.
+class Scored(Standard):
+    """Draws without gradient, discrete ones too; of the guide's gradient, what `factors` multiplies the scores by."""
 
-    .. math:: \nabla_\phi \approx \sum_k (\hat L - \hat L_{-k} - \bar w_k) \nabla_\phi \log q(z_k)
-
-    where :math:`\hat L_{-k}` has, in the place of w_k, the geometric mean of the other weights.
-    """
+    needs_rsample = False
 
     def draw(self, num_particles: int) -> tuple[Table, Draws]:
-        """log q(z | x), ``(K, N)``, and z."""
+        """log q(z | x), one row a particle, and z."""
         log_q, draws = super().draw(num_particles)
         table, still = self.detached(log_q, draws, num_particles)
         self.log_q = table.total
-        return table, still
+        return Table(table.total.detach(), table.magnitude), still
+
+    def factors(self, log_weights: torch.Tensor) -> torch.Tensor:
+        """What multiplies the score of each particle, ``(M, K, N)``, from log-weights without gradient."""
+        raise NotImplementedError
 
     def bound(self, log_weights: torch.Tensor) -> torch.Tensor:
-        """The bound of each datum, ``(N,)``, from log-weights ``(K, N)``."""
-        surrogate = (_learning_signal(log_weights.detach()) * self.log_q).sum(0)  # (N,)
+        """The bound of each datum, ``(N,)``, from log-weights ``(M, K, N)``."""
+        log_q = self.log_q.expand(log_weights.shape[0] * log_weights.shape[1], -1).reshape(log_weights.shape)
+        surrogate = (self.factors(log_weights.detach()) * log_q).sum(1).mean(0)  # (N,)
         return super().bound(log_weights) + surrogate - surrogate.detach()
 
 
-def _learning_signal(log_weights: torch.Tensor) -> torch.Tensor:
-    """What each particle adds to the bound, ``(K, N)``."""
-    num_particles = len(log_weights)
-    others = (log_weights.sum(0) - log_weights) / (num_particles - 1)  # (K, N), mean of the other log-weights
-    own = torch.eye(num_particles, dtype=torch.bool, device=log_weights.device)[..., None]
-    without = torch.where(own, others, log_weights[:, None])  # (K, K, N): the second particle of each replaced
-    return log_mean_exp(log_weights) - log_mean_exp(without)
+class Vimco(Scored):
+    r"""The score of each draw is multiplied by what its draw adds to the bound.
+
+    .. math:: \nabla_\phi \approx \frac1M \sum_{mk} (\hat L_m - \hat L_{m,-k} - \bar w_{mk}) \nabla_\phi \log q(z_{mk})
+
+    where :math:`\hat L_{m,-k}` has, in the place of :math:`w_{mk}`, the geometric mean of the other weights.
+    """
+
+    def factors(self, log_weights: torch.Tensor) -> torch.Tensor:
+        """What each particle adds to the bound, less its weight, ``(M, K, N)``."""
+        num_particles = log_weights.shape[1]
+        others = (log_weights.sum(1, keepdim=True) - log_weights) / (num_particles - 1)  # (M, K, N), means of the rest
+        own = torch.eye(num_particles, dtype=torch.bool, device=log_weights.device)[..., None]
+        without = torch.where(own, others[:, None], log_weights[:, :, None])  # (M, K, K, N): the second one replaced
+        return log_mean_exp(log_weights, 1)[:, None] - log_mean_exp(without, 1) - log_weights.softmax(1)
+
+
+class ReweightedWakeSleep(Scored):
+    r"""The guide climbs :math:`E_{p(z|x)}[\log q]`, by self-normalised importance sampling.
+
+    .. math:: \nabla_\phi \approx \frac1M \sum_{mk} \bar w_{mk} \nabla_\phi \log q(z_{mk})
+    """
+
+    def factors(self, log_weights: torch.Tensor) -> torch.Tensor:
+        """The normalised weights, ``(M, K, N)``."""
+        return log_weights.softmax(1)
+
+
+class Reinforce(Scored):
+    r"""The score of each draw is multiplied by how far its bound is above what was to be expected.
+
+    .. math:: \nabla_\phi \approx \frac1M \sum_{mk} (\hat L_m - b_m - \bar w_{mk} + \tfrac1K) \nabla_\phi \log q(z_{mk})
+
+    b_m is the `level`, which learns by its squared error; with M > 1 the mean of the other bounds; else 0. Neither
+    depends on the draws of bound m, so that the mean stays; nor does 1 / K, the mean of the weights.
+    """
+
+    def factors(self, log_weights: torch.Tensor) -> torch.Tensor:
+        """How far the bound is above its level, less the weight of each particle, ``(M, K, N)``."""
+        num_bounds, num_particles, _ = log_weights.shape
+        bounds = log_mean_exp(log_weights, 1)  # (M, N)
+        if self.level is not None:
+            bounds = bounds - self.level.detach()
+        elif num_bounds > 1:
+            bounds = bounds - (bounds.sum(0) - bounds) / (num_bounds - 1)
+        return bounds[:, None] - log_weights.softmax(1) + 1 / num_particles
+
+    def bound(self, log_weights: torch.Tensor) -> torch.Tensor:
+        """The bound of each datum, ``(N,)``, from log-weights ``(M, K, N)``."""
+        bound = super().bound(log_weights)
+        if self.level is None:
+            return bound
+        error = (bound.detach() - self.level).square()  # (N,)
+        return bound - error + error.detach()
 
 
 def _no_density(got: str) -> str:
@@ -149,4 +216,6 @@ ESTIMATORS: dict[str, type[Standard]] = {
     "sticking_the_landing": StickingTheLanding,
     "doubly_reparameterized": DoublyReparameterized,
     "vimco": Vimco,
+    "reweighted_wake_sleep": ReweightedWakeSleep,
+    "reinforce": Reinforce,
 }

@@ -17,7 +17,7 @@ from pyro_lvm.tracing.isolation import eval_mode
 from pyro_lvm.tracing.plates import common_plates
 from pyro_lvm.tracing.probe import Plan, probe_pair, run_or_explain
 
-__all__ = ["Setting", "look", "signature"]
+__all__ = ["Setting", "look", "needs_score", "own_subsample", "scale_of", "signature"]
 
 
 @dataclass
@@ -87,8 +87,8 @@ def look(
     with torch.random.fork_rng(devices=devices), eval_mode(model, guide):
         with torch.enable_grad():
             pair = run_or_explain(_program(model, kwargs, None), _program(guide, kwargs, None), batch)
-            not_reparameterized = [n for n, site in pair.guide.items() if is_latent(site) and _needs_score(site)]
-        subsample = None if data_plate is None else _own_subsample(pair.model, len(x), data_plate)
+            not_reparameterized = [n for n, site in pair.guide.items() if is_latent(site) and needs_score(site)]
+        subsample = None if data_plate is None else own_subsample(pair.model, len(x), data_plate)
         if subsample:
             name, full_size, size = subsample
             batch = Batch((torch.randperm(full_size)[:size], *args), (True, *(False for _ in args)))
@@ -99,14 +99,14 @@ def look(
     return Setting(plan, batch.per_datum, scale, subsample, not_reparameterized)
 
 
-def _needs_score(site: Site) -> bool:
+def needs_score(site: Site) -> bool:
     """Whether draws depend on a parameter, and their gradient does not know."""
     if site["fn"].has_rsample:
         return False
     return bool(site["fn"].log_prob(site["value"].detach()).requires_grad)
 
 
-def _own_subsample(trace: Trace, num_data: int, requested: str) -> tuple[str, int, int] | None:
+def own_subsample(trace: Trace, num_data: int, requested: str) -> tuple[str, int, int] | None:
     """Name, N and B of the plate around every observed site that draws B of the N rows of x."""
     observed = [site for site in trace.values() if is_observed(site)]
     names = [name for name in common_plates(observed) if requested in ("auto", name)]
@@ -130,13 +130,13 @@ def _common_scale(trace: Trace, plate: str | None, program: str, allowed: tuple[
             "subsample the data plate alone, with every latent inside of it, or use Trace_ELBO."
         )
         raise PlateError(refuse(f"{program} plates {sorted(inner)}", "plates of full size", "a subsample", cure))
-    scales = {name: _as_float(name, site["scale"]) for name, site in sites.items()}
+    scales = {name: scale_of(name, site["scale"]) for name, site in sites.items()}
     expected = next(iter(scales.values()), 1.0)
     same = all(math.isclose(scale, expected, rel_tol=1e-6) for scale in scales.values())
     if not same or (allowed and not any(math.isclose(expected, a, rel_tol=1e-6) for a in allowed)):
         cure = (
-            "A weight p(x, z) / q(z | x) has no scales: scale model and guide alike, which multiplies the loss. For "
-            "annealing, or mini-batches beside a latent outside the data plate, use Trace_ELBO."
+            "A weight p(x, z) / q(z | x) has no scales: scale model and guide alike, which multiplies the loss. To "
+            "anneal, use KLAnnealing; for mini-batches beside a latent outside the data plate, use Trace_ELBO."
         )
         raise SiteError(refuse(f"scales of the {program}'s sites", "one for all sites of the pair", scales, cure))
     return expected
@@ -146,7 +146,8 @@ def _subsamples(frame: Any) -> bool:
     return frame.full_size is not None and frame.full_size != frame.size
 
 
-def _as_float(name: str, scale: Any) -> float:
+def scale_of(name: str, scale: Any) -> float:
+    """The scale of a site as a number."""
     if torch.as_tensor(scale).numel() != 1:
         cure = "Weight the data by drawing them, or use Trace_ELBO."
         raise SiteError(refuse(f"site {name!r}", "a scale that is one number", tuple(scale.shape), cure))

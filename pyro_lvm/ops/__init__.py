@@ -19,6 +19,7 @@ from pyro_lvm.ops.pareto import (
     pareto_smooth,
     tail_size,
 )
+from pyro_lvm.ops.running import RunningMoments
 from pyro_lvm.ops.status import DOUBTFUL, STATUSES, classify, status_names
 from pyro_lvm.ops.streaming import WeightAccumulator, WeightSummary
 from pyro_lvm.ops.weights import (
@@ -33,6 +34,7 @@ from pyro_lvm.ops.weights import (
 __all__ = [
     "DOUBTFUL",
     "STATUSES",
+    "RunningMoments",
     "WeightAccumulator",
     "WeightMoments",
     "WeightSummary",

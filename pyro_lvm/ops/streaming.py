@@ -32,6 +32,7 @@ class WeightSummary:
         stderr: Standard error of ``value`` (delta method); 0 for zero variance.
         bias: Estimated bias of ``value``, -stderr^2 / 2; it does not average out over data.
         elbo: Mean log-weight, -inf if one weight is zero.
+        elbo_stderr: Standard error of ``elbo``; 0 for zero variance, NaN for one particle.
         ess: Effective sample size, a number of particles; K for zero variance, NaN where every weight is zero.
         khat: Pareto tail index; NaN where there is no tail to fit.
         spread: Largest less smallest log-weight; NaN where every weight is zero.
@@ -44,6 +45,7 @@ class WeightSummary:
     stderr: torch.Tensor
     bias: torch.Tensor
     elbo: torch.Tensor
+    elbo_stderr: torch.Tensor
     ess: torch.Tensor
     khat: torch.Tensor
     spread: torch.Tensor
@@ -80,6 +82,7 @@ class WeightAccumulator:
         self._moments = WeightMoments(0, empty, zeros, zeros)
         self._smallest = torch.full_like(zeros, math.inf)  # (N,)
         self._log_sum = zeros  # (N,) sum of the log-weights
+        self._log_squares = zeros  # (N,) sum of squared deviations of the log-weights from their mean
         self._noise = zeros  # (N,)
         self._largest = zeros.new_empty(0, self.num_data)  # (up to M+1, N) descending
         self._table_size = tail_size(self.num_particles) + 1
@@ -106,11 +109,19 @@ class WeightAccumulator:
             raise ShapeError(refuse("noise_scale", f"shape ({self.num_data},)", tuple(noise_scale.shape), cure))
         noise = _NOISE_FACTOR * torch.finfo(log_weights.dtype).eps * noise_scale.detach().double()  # (N,)
         self._noise = torch.maximum(self._noise, noise)
+        self._add_log_squares(table)
         self._moments = merge_moments(self._moments, weight_moments(table))
         self._smallest = torch.minimum(self._smallest, table.amin(dim=0))
         self._log_sum = self._log_sum + table.sum(dim=0)
         pool = torch.cat([self._largest, table])  # (at most M+1+k, N)
         self._largest = pool.topk(min(self._table_size, len(pool)), dim=0).values
+
+    def _add_log_squares(self, table: torch.Tensor) -> None:
+        """Merge the sum of squared deviations of k more log-weights (Chan, Golub & LeVeque 1983)."""
+        seen, new = self._moments.count, len(table)
+        mean = table.mean(dim=0)  # (N,)
+        between = (mean - self._log_sum / seen).square() * (seen * new / (seen + new)) if seen else 0.0
+        self._log_squares = self._log_squares + (table - mean).square().sum(dim=0) + between
 
     def summary(self) -> WeightSummary:
         """The numbers of all particles taken in.
@@ -133,11 +144,13 @@ class WeightAccumulator:
         status = classify(value, spread, self._noise, khat, flat, seen)
         equal = status == STATUSES.index("zero_variance")
         variance = self._moments.relative_variance.masked_fill(equal, 0.0)
+        elbo_variance = self._log_squares / (seen * (seen - 1)) if seen > 1 else torch.full_like(value, math.nan)
         return WeightSummary(
             value=value,
             stderr=variance.sqrt(),
             bias=-0.5 * variance,
             elbo=self._log_sum / seen,
+            elbo_stderr=elbo_variance.sqrt().masked_fill(equal, 0.0),
             ess=self._moments.effective_sample_size.masked_fill(equal, float(seen)),
             khat=khat,
             spread=spread,

@@ -2,7 +2,8 @@
 
 Read in this order: `intercept` (one program, one site), `tables` (sites to numbers), `plates` and `sites` (what the
 pair must look like), `batch` and `particles` (three ways to run K of them), `probe` (which way), `weights` (the
-result). `params` and `isolation` keep the process as it was; `questions` answers what training and comparison ask.
+result). `handlers` is what a loss puts around a pair; `params` and `isolation` keep the process as it was; `questions`
+answers what training and comparison ask.
 """
 
 from pyro_lvm.tracing.weights import elbo, log_weights

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
 __all__ = [
     "PARTICLES",
@@ -30,6 +30,7 @@ __all__ = [
     "is_real",
     "is_unobserved",
     "outside_support",
+    "replaced",
     "run",
     "scaled_plate",
     "site_log_prob",
@@ -121,6 +122,31 @@ class _Indices(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == self.plate and msg["value"] is None:
             msg["value"], msg["done"] = self.indices, True
+
+
+class _Replace(Messenger):
+    """Hands the distribution of each latent to a function, and takes what that returns in its place."""
+
+    def __init__(self, replace: Callable[[str, Any], Any]) -> None:
+        super().__init__()
+        self.replace = replace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (msg["is_observed"] or site_is_subsample(msg)):
+            msg["fn"] = self.replace(msg["name"], msg["fn"])
+
+
+def replaced(program: Callable[..., Any], replace: Callable[[str, Any], Any]) -> Callable[..., Any]:
+    """``program`` whose latent ``name`` has the distribution ``replace(name, fn)`` in the place of ``fn``.
+
+    ``fn`` has the shape of the program's own plates, not that of plates outside of it.
+    """
+
+    def other(*args: Any) -> Any:
+        with _Replace(replace):
+            return program(*args)
+
+    return other
 
 
 def indexed(program: Callable[..., Any], plate: str) -> Callable[..., Any]:

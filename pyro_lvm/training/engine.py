@@ -13,6 +13,7 @@ import torch
 from pyro.infer import ELBO, SVI, TraceTailAdaptive_ELBO
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
+from pyro.params import param_with_module_name
 
 from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Guide, Model
@@ -74,6 +75,7 @@ class Engine:
                 self.names = parameter_names(self.model, self.guide, *self.batch)
                 num_data = self.batches.num_data
                 self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
+                self.names[1].update(_baseline_names(loss))
         except ValueError as error:
             self._explain(error)
             raise
@@ -200,6 +202,13 @@ class Engine:
         for hook in self.hooks:
             if name in hook:
                 hook[name](self.state)
+
+
+def _baseline_names(loss: Any) -> list[str]:
+    """Parameters of a baseline that a loss trains for the guide, and with it."""
+    baseline = getattr(loss, "baseline", None)
+    module = baseline if isinstance(baseline, torch.nn.Module) else torch.nn.Module()
+    return [param_with_module_name("baseline", name) for name, _ in module.named_parameters()]
 
 
 def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch.distributions import transform_to
 
@@ -56,7 +57,8 @@ def fit(
     overflows, one copy of the trained parameters is kept beside them, in the memory of their device.
 
     A model or guide that is a module (or a method of one) may have a method ``notes() -> list[str]``, which says what a
-    user should know about the parameters: what it returns after training is logged and is in ``FitResult.notes``.
+    user should know about the parameters, and a Pyro loss object one about its values: what they return after training
+    is logged and is in ``FitResult.notes``.
 
     Args:
         model: any callable that takes the data and makes Pyro statements.
@@ -65,7 +67,8 @@ def fit(
             torch ``Dataset``, or a ``DataLoader`` with batches of its own.
         loss: a Pyro loss object, or a function ``loss(model, guide, *args)``. None is ``Trace_ELBO``; where the guide
             lacks a discrete latent, or marks one, it is ``TraceEnum_ELBO``, which enumerates; without a guide, where
-            Pyro cannot enumerate, it is the model's own exact ``log_prob``.
+            Pyro cannot enumerate, it is the model's own exact ``log_prob``. A ``TraceMeanField_ELBO`` is checked by
+            `objectives.analytic_kl` first, and ``FitResult.notes`` names the latents without a closed form.
         optim: a function of the list of parameters that returns one torch optimizer for all, or a Pyro optimizer. None
             is Adam with learning rate 1e-3.
         num_epochs: passes over the data; give this or ``num_steps``.
@@ -87,7 +90,7 @@ def fit(
         DataTypeError: an argument of the wrong kind, or not exactly one of ``num_epochs`` and ``num_steps``.
         ShapeError: no data, or a number that is too small.
         SiteError: the guide samples what the model lacks; ``loss`` is None and the guide lacks a latent that cannot be
-            enumerated; a ``to_event`` is missing.
+            enumerated; a ``to_event`` is missing; a ``TraceMeanField_ELBO`` would have a wrong value or gradient.
         PlateError: a plate has not the size of the data, or the guide has parameters for each datum (an AutoGuide with
             latents in the data plate) and ``batch_size`` is less than N.
         SupportError: validation refuses data outside the support of their likelihood.
@@ -123,7 +126,7 @@ def fit(
         try:
             with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
                 seconds = engine.train(optim or adam, num_epochs, num_steps, progress)
-                notes = _notes(engine.model, engine.guide)
+                notes = (*engine.objective.notes, *_notes(engine.model, engine.guide, engine.objective.loss))
         except RuntimeError as error:
             note_dtypes(error, engine.batch, engine.model, engine.guide)
             raise
@@ -150,9 +153,10 @@ def _result(engine: Engine, params: Params, seconds: float, notes: tuple[str, ..
     )
 
 
-def _notes(*programs: Any) -> tuple[str, ...]:
-    """What the modules behind the programs say of their parameters."""
-    owners = {id(owner): owner for owner in map(anchor, programs) if isinstance(owner, torch.nn.Module)}
+def _notes(model: Any, guide: Any, loss: Any) -> tuple[str, ...]:
+    """What the modules behind the programs say of their parameters, and a loss of its values."""
+    modules: list[Any] = [owner for owner in map(anchor, (model, guide)) if isinstance(owner, torch.nn.Module)]
+    owners = {id(owner): owner for owner in (*modules, *([loss] if isinstance(loss, ELBO) else []))}
     methods: list[Any] = [getattr(owner, "notes", None) for owner in owners.values()]
     with torch.no_grad():
         return tuple(note for notes in methods if callable(notes) for note in notes())

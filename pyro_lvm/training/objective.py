@@ -9,16 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
-from pyro.distributions import Delta
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import config_enumerate
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, SiteError
+from pyro_lvm.objectives.default import default_loss
+from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
 from pyro_lvm.tracing.intercept import (
     Trace,
-    base_distribution,
     is_latent,
     is_observed,
     is_unobserved,
@@ -27,8 +26,6 @@ from pyro_lvm.tracing.intercept import (
     without,
 )
 from pyro_lvm.tracing.isolation import eval_mode
-from pyro_lvm.tracing.params import anchor
-from pyro_lvm.tracing.plates import nesting
 from pyro_lvm.tracing.questions import batch_plate
 from pyro_lvm.training.diagnosis import check_follows_batches, outside_sites
 
@@ -50,6 +47,7 @@ class Objective:
         loss: a Pyro loss object or a function ``loss(model, guide, *args)``.
         total: the number of data that a loss stands for; None where it is that of the batch.
         outside: observed sites with values outside of their support in the first batch.
+        notes: what a user should know of the loss on this pair.
     """
 
     model: Program
@@ -57,6 +55,7 @@ class Objective:
     loss: Any
     total: int | None
     outside: list[str]
+    notes: tuple[str, ...] = ()
 
     def num_data(self, batch: Args) -> int:
         """The number of data that the loss of this batch stands for."""
@@ -69,8 +68,8 @@ def make_objective(
     """Look at one run of the pair on ``batch`` and decide; runs both programs.
 
     Raises:
-        SiteError: the guide samples what the model does not have; or no loss is given and the guide lacks a latent
-            that cannot be enumerated.
+        SiteError: the guide samples what the model does not have; no loss is given and the guide lacks a latent that
+            cannot be enumerated; or the loss is a ``TraceMeanField_ELBO``, which would be wrong on this pair.
         PlateError: the guide has parameters for each datum and a batch is not all data, or the loss must be scaled to
             the data set, and cannot be.
     """
@@ -98,9 +97,19 @@ def make_objective(
         programs["model"] = without(programs["model"], unobserved)
         model_trace = {n: s for n, s in model_trace.items() if n not in unobserved}
     if loss is None:
-        loss, enumerate_model = _default_loss(model, model_trace, guide_trace)
+        loss, enumerate_model = default_loss(model, model_trace, guide_trace)
         programs["model"] = config_enumerate(programs["model"]) if enumerate_model else programs["model"]
-    return Objective(programs["model"], programs["guide"], loss, total, outside_sites(model_trace))
+    notes = _mean_field_notes(programs["model"], programs["guide"], batch) if uses_mean_field(loss) else ()
+    return Objective(programs["model"], programs["guide"], loss, total, outside_sites(model_trace), notes)
+
+
+def _mean_field_notes(model: Program, guide: Program, batch: Args) -> tuple[str, ...]:
+    """Refuse a pair on which ``TraceMeanField_ELBO`` is wrong; say which of its KL terms are estimates."""
+    sites = check_mean_field(model, guide, batch).sites
+    sampled = [f"{site.name!r} ({site.families})" for site in sites if site.method != "analytic"]
+    if not sampled:
+        return ()
+    return (f"TraceMeanField_ELBO takes the KL term from one draw, not in closed form, at {', '.join(sampled)}",)
 
 
 def _check_no_surplus(model: Trace, guide: Trace) -> None:
@@ -123,35 +132,6 @@ def _run_pair(model: Program, guide: Program, batch: Args) -> tuple[Trace, Trace
         guide_trace = run(guide, batch)
         values = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
         return guide_trace, run(model, batch, values=values)
-
-
-def _default_loss(program: Program, model: Trace, guide: Trace) -> tuple[Any, bool]:
-    """`Trace_ELBO`, or `TraceEnum_ELBO` where a discrete latent is left to it; and whether the model must be marked.
-
-    Without a guide, a model with latents that Pyro cannot enumerate is trained by its own exact ``log_prob``.
-    """
-    latents = {n: s["fn"] for n, s in model.items() if is_latent(s)}
-    missing = {n: fn for n, fn in latents.items() if n not in guide and not isinstance(base_distribution(fn), Delta)}
-    lacking = [n for n, fn in missing.items() if not getattr(fn, "has_enumerate_support", False)]
-    if lacking and not guide and callable(getattr(anchor(program), "log_prob", None)):
-        return _exact(anchor(program)), False
-    if lacking:
-        sampled = [n for n, s in guide.items() if is_latent(s)]
-        cure = f"Sample {lacking} in the guide: only discrete latents may be left out, to be enumerated."
-        raise SiteError(refuse("guide", f"the latent sites {list(latents)} of the model", sampled, cure))
-    marked = any(is_latent(s) and s["infer"].get("enumerate") for s in guide.values())
-    if not (missing or marked):
-        return Trace_ELBO(), False
-    return TraceEnum_ELBO(max_plate_nesting=nesting(model, guide)), bool(missing)
-
-
-def _exact(owner: Any) -> Callable[..., torch.Tensor]:
-    def negative_log_prob(model: Program, guide: Program, *args: Any) -> torch.Tensor:
-        if isinstance(owner, torch.nn.Module):
-            pyro.module(type(owner).__name__, owner)  # where `SVI` looks for parameters
-        return -owner.log_prob(*args).sum()
-
-    return negative_log_prob
 
 
 def _scaled_by_itself(model: Trace, batch_size: int, num_data: int | None) -> int | None:

@@ -88,7 +88,7 @@ class FitResult:
         params: name -> constrained value, detached copies, sorted by name.
         model: the model with the parameters that it learned.
         guide: the guide with the parameters that it learned.
-        notes: what model and guide say about what they have learned, see `fit`.
+        notes: what model, guide and loss say about themselves, see `fit`.
     """
 
     losses: torch.Tensor

@@ -42,7 +42,9 @@ def expected(num_particles: int) -> dict[str, torch.Tensor]:
     return {"exact": exact, "sticking_the_landing": torch.cat([exact[:2], sticking])}
 
 
-def rows(gradient: str, num_particles: int, num_rows: int, phi: tuple[float, float] = PHI) -> torch.Tensor:
+def rows(
+    gradient: str, num_particles: int, num_rows: int, phi: tuple[float, float] = PHI, **options: Any
+) -> torch.Tensor:
     """Independent estimates of the gradient, ``(num_rows, 4)``."""
     theta, phi_ = (torch.tensor(v, dtype=torch.float64).repeat(num_rows, 1).requires_grad_() for v in (THETA, phi))
 
@@ -55,14 +57,16 @@ def rows(gradient: str, num_particles: int, num_rows: int, phi: tuple[float, flo
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(phi_[:, 0], phi_[:, 1].exp()))
 
-    objective = ImportanceWeightedELBO(num_particles, gradient)
+    objective = ImportanceWeightedELBO(num_particles, gradient, **options)
     loss = objective.differentiable_loss(model, guide, torch.full((num_rows,), X, dtype=torch.float64))
     return -torch.cat(torch.autograd.grad(loss, [theta, phi_]), 1)
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("gradient", ["standard", "sticking_the_landing", "doubly_reparameterized", "vimco"])
+@pytest.mark.parametrize(
+    "gradient", ["standard", "sticking_the_landing", "doubly_reparameterized", "vimco", "reinforce"]
+)
 def test_mean_of_the_gradient(gradient: str, num_particles: int) -> None:
     if gradient == "vimco" and num_particles == 1:
         return
