@@ -4,10 +4,11 @@ A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the s
 
 * `fit` trains a pair with Pyro's SVI, `best_of` from several starts.
 * `log_marginal` estimates log p(x) of every datum, with an error and a verdict.
+* `inference_gap` says what a guide loses by its family, and what by its encoder.
 * `compare` puts pairs side by side; `log_weights` and `elbo` are what all of it is made of.
 """
 
-from pyro_lvm import datasets, errors, evidence, guides, models, nn, objectives, ops, plots
+from pyro_lvm import datasets, errors, evidence, guides, models, nn, objectives, ops, plots, transforms
 from pyro_lvm._version import __version__
 from pyro_lvm.compare import compare
 from pyro_lvm.comparison import Comparison
@@ -25,6 +26,7 @@ from pyro_lvm.errors import (
 )
 from pyro_lvm.evidence import LogMarginal
 from pyro_lvm.evidence import importance as log_marginal
+from pyro_lvm.gaps import InferenceGap, inference_gap
 from pyro_lvm.tracing import elbo, log_weights
 from pyro_lvm.training import FitResult, best_of, callbacks, fit
 
@@ -33,6 +35,7 @@ __all__ = [
     "DataTypeError",
     "DatasetError",
     "FitResult",
+    "InferenceGap",
     "LogMarginal",
     "ParameterError",
     "PlateError",
@@ -52,6 +55,7 @@ __all__ = [
     "evidence",
     "fit",
     "guides",
+    "inference_gap",
     "log_marginal",
     "log_weights",
     "models",
@@ -59,4 +63,5 @@ __all__ = [
     "objectives",
     "ops",
     "plots",
+    "transforms",
 ]

@@ -7,7 +7,7 @@ from pyro_lvm.ops import STATUSES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["comparison"]
+__all__ = ["comparison", "inference_gap"]
 
 # From Okabe and Ito's palette, told apart by every kind of colour vision; good to bad.
 _STATUS_COLOURS = dict(
@@ -60,4 +60,43 @@ def comparison(result: Any) -> "Figure":
             left = [a + b for a, b in zip(left, width, strict=True)]
     shares.set(xlabel="share of the data", xlim=(0, 1), title="status of log p-hat")
     shares.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def inference_gap(result: Any) -> "Figure":
+    """Two panels of an `InferenceGap`: the mean of both parts with the errors over data, and the parts of every datum.
+
+    Args:
+        result: what `inference_gap` returns.
+
+    Returns:
+        The figure; ``savefig`` writes it.
+    """
+    from matplotlib.figure import Figure
+
+    names = {"approximation": "the family", "amortization": "the encoder"}
+    colours = {"approximation": "#0072B2", "amortization": "#E69F00"}
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    means, each = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.0, 1.6)})
+
+    parts = {part: getattr(result, part).cpu().numpy() for part in names}  # (N,)
+    for height, (part, values) in enumerate(parts.items()):
+        error = values.std() / len(values) ** 0.5
+        means.barh(height, values.mean(), xerr=2 * error, color=colours[part], capsize=3)
+    means.axvline(0.0, color="0.75")
+    means.set(yticks=[0, 1], yticklabels=[f"{part}:\n{whose}" for part, whose in names.items()])
+    means.set(xlabel="nats a datum, \u00b12 errors", title="mean parts of the gap")
+    means.invert_yaxis()
+
+    order = (parts["approximation"] + parts["amortization"]).argsort()[::-1]
+    each.bar(range(len(order)), parts["approximation"][order], 1.0, color=colours["approximation"], label="family")
+    bottom = parts["approximation"][order]
+    each.bar(
+        range(len(order)), parts["amortization"][order], 1.0, bottom, color=colours["amortization"], label="encoder"
+    )
+    unfinished = (~result.converged.cpu().numpy()[order]).nonzero()[0]
+    if len(unfinished):
+        each.plot(unfinished, [0.0] * len(unfinished), "k|", label="not converged")
+    each.set(xlabel="data, by their gap", ylabel="log p(x) \u2212 ELBO, nats", title="datum by datum")
+    each.legend(frameon=False, fontsize="small")
     return figure

@@ -174,11 +174,11 @@ def _record(job: _Job, summaries: list[WeightSummary], provenance: dict[str, Any
         return torch.cat([getattr(summary, name) for summary in summaries])
 
     value, status, method = column("value"), np.array(status_names(column("status"))), "importance sampling"
-    stderr, bias = column("stderr"), column("bias")
+    stderr, bias, elbo_stderr = column("stderr"), column("bias"), column("elbo_stderr")
     if plan.exact:
         method = "enumeration" if plan.match.enumerated else "exact density"
         status = np.where(status == "unreliable", "exact", status)  # K = 1 says nothing of a sum that has no noise
-        stderr, bias = torch.zeros_like(value), torch.zeros_like(value)
+        stderr = bias = elbo_stderr = torch.zeros_like(value)
     expected = 1 if plan.model_layout.plate is None else len(job.source)
     provenance |= {
         "model": _name(job.model),
@@ -198,6 +198,7 @@ def _record(job: _Job, summaries: list[WeightSummary], provenance: dict[str, Any
         stderr=stderr,
         bias=bias,
         elbo=column("elbo"),
+        elbo_stderr=elbo_stderr,
         ess=column("ess"),
         khat=column("khat"),
         status=status,

@@ -1,7 +1,8 @@
 """`LogMarginal`: log p(x) of every datum, how far to trust it, and where it came from."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pyro_lvm.ops import DOUBTFUL, STATUSES
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["LogMarginal", "exact_record", "to_arviz"]
+__all__ = ["LogMarginal", "concatenate", "exact_record", "to_arviz"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,6 +29,7 @@ class LogMarginal:
         stderr: Monte Carlo standard error of ``value`` (delta method) in nats. Optimistic under a heavy tail.
         bias: about ``-stderr**2 / 2`` nats. It has one sign, so it does not average out over data.
         elbo: mean log-weight of the same draws, an unbiased estimate of the ELBO, in nats.
+        elbo_stderr: Monte Carlo standard error of ``elbo`` in nats; NaN for one draw.
         ess: effective sample size in [1, K].
         khat: Pareto tail index of the weights: below 0.5 their variance exists. NaN where there is no tail to fit.
         status: NumPy array of words. ``exact``: enumerated or closed form. ``zero_variance``: all weights equal, exact
@@ -43,6 +45,7 @@ class LogMarginal:
     stderr: torch.Tensor
     bias: torch.Tensor
     elbo: torch.Tensor
+    elbo_stderr: torch.Tensor
     ess: torch.Tensor
     khat: torch.Tensor
     status: np.ndarray
@@ -167,7 +170,7 @@ class LogMarginal:
         """The record as an ``xarray.DataTree`` with one group, ``importance``, over the dimension ``datum``."""
         import xarray as xr
 
-        names = ("value", "stderr", "bias", "elbo", "ess", "khat")
+        names = ("value", "stderr", "bias", "elbo", "elbo_stderr", "ess", "khat")
         columns = {name: ("datum", getattr(self, name).cpu().numpy()) for name in names}
         columns["status"] = ("datum", self.status)
         attributes = {"num_particles": self.num_particles, "method": self.method} | {
@@ -181,6 +184,17 @@ class LogMarginal:
         return to_arviz(self.to_datatree())
 
 
+def concatenate(records: Sequence[LogMarginal]) -> LogMarginal:
+    """One record of data that were estimated piece by piece, with the provenance of the first."""
+    first = records[0]
+    columns: dict[str, Any] = {
+        f.name: torch.cat([getattr(r, f.name) for r in records]) for f in fields(first) if f.type is torch.Tensor
+    }
+    num_data = sum(r.provenance.get("num_data", len(r)) for r in records)
+    status = np.concatenate([r.status for r in records])
+    return replace(first, **columns, status=status, provenance=first.provenance | {"num_data": num_data})
+
+
 def exact_record(value: torch.Tensor, method: str, num_terms: int, provenance: dict[str, Any]) -> LogMarginal:
     """A record without error: status ``exact``, ``no_support`` at -inf, ``nonfinite`` at NaN and infinity."""
     value = value.double()
@@ -192,6 +206,7 @@ def exact_record(value: torch.Tensor, method: str, num_terms: int, provenance: d
         stderr=zero,
         bias=zero,
         elbo=value,
+        elbo_stderr=zero,
         ess=torch.full_like(value, num_terms),
         khat=torch.full_like(value, math.nan),
         status=np.where(value.isfinite().cpu().numpy(), "exact", status),

@@ -25,6 +25,7 @@ def record(n: int = 4, **changes: Any) -> LogMarginal:
         "stderr": stderr,
         "bias": -(stderr**2) / 2,
         "elbo": -torch.arange(1.0, n + 1, dtype=torch.float64) - 0.5,
+        "elbo_stderr": stderr,
         "ess": torch.full((n,), 800.0, dtype=torch.float64),
         "khat": torch.full((n,), 0.3, dtype=torch.float64),
         "status": np.array(["no_fault_found"] * n),
