@@ -219,11 +219,15 @@ def inference_gap(
         plan = probe_pair(model, guide, source, data_plate, vectorize)
     rows = len(source) if plan.tied else min(len(source), _ROWS if chunks is None else chunks[0])
     steps = {"num_steps": num_steps, "num_draws": num_draws}
-    job = _Job(fitted, guide, {"data_plate": data_plate, "vectorize": vectorize}, steps, num_particles, chunks, seed)
+    job = _Job(
+        fitted, guide, {"data_plate": data_plate, "vectorize": vectorize}, steps, num_particles, chunks, seed, progress
+    )
     parts: list[_Part] = []
     try:
-        for batch in tqdm(list(_pieces(source, rows)), unit=f" x {rows} data", disable=not shown(progress)):
-            parts.append(job.run(batch, len(parts)))
+        with tqdm(total=len(source), unit="datum", disable=not shown(progress)) as bar:
+            for batch in _pieces(source, rows):
+                parts.append(job.run(batch, len(parts)))
+                bar.update(len(batch))
     except KeyboardInterrupt:
         if not parts:
             raise
@@ -259,19 +263,20 @@ class _Job:
     num_particles: int
     chunks: Chunks
     seed: int | None
+    progress: bool | None
 
     def run(self, batch: Batch, index: int) -> _Part:
         """Refine the guide on some data, and measure the three guides there."""
         seed = None if self.seed is None else self.seed + 7919 * index  # other draws for other data
         own = [i - 1 for i, per_datum in enumerate(batch.per_datum) if i and per_datum]
-        options = self.options | {"data_args": own, "seed": seed, "progress": False}
+        options = self.options | {"data_args": own, "seed": seed, "progress": self.progress}
         x, *args = batch.args
         local = refine(self.model, self.guide, x, *args, **self.steps, **options)
         try:
             flow = refine(self.model, local.guide, x, *args, family="flow", **self.steps, **options)
         except SiteError:  # no latent is continuous
             flow = None
-        options |= {"num_particles": self.num_particles, "chunks": self.chunks}
+        options |= {"num_particles": self.num_particles, "chunks": self.chunks, "progress": False}
 
         def measure(guide: Guide) -> LogMarginal:
             return importance(self.model, guide, x, *args, **options)

@@ -16,6 +16,8 @@ import pyro.distributions as dist
 import torch
 from torch.distributions import transform_to
 
+from pyro_lvm._checks import refuse
+from pyro_lvm.errors import ShapeError
 from pyro_lvm.guides.local_flow import with_flow
 from pyro_lvm.guides.mixture import DifferentiableMixture
 from pyro_lvm.tracing.intercept import bounds, support
@@ -52,6 +54,9 @@ class Leaves:
             self.ranks[name] = len(batch_shape)
         leaf, rank = self.tensors[name], self.ranks[name]
         sizes = batch_shape[len(batch_shape) - rank :]
+        if any(size % own for size, own in zip(sizes, leaf.shape, strict=False)):
+            cure = "Parameters of single data belong to the x that they were refined for: pass all of it, in its order."
+            raise ShapeError(refuse("x", f"{tuple(leaf.shape[:rank])} data", tuple(sizes), cure))
         times = [size // own if size > own > 1 else 1 for size, own in zip(sizes, leaf.shape, strict=False)]
         return leaf.repeat(*times, *[1] * (leaf.dim() - rank)) if any(t > 1 for t in times) else leaf
 

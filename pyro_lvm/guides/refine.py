@@ -88,7 +88,7 @@ def refine(
     With ``family="own"`` each parameter v of the distributions at the guide's latent sites becomes
     :math:`T(T^{-1}(v) + \delta_n)`, where T maps the real numbers onto the values that v may have. A guide of this
     package with one latent site has offsets on what its encoder puts out instead. With ``family="flow"`` the draws go
-    through a flow of their own for each datum (affine couplings and a full affine map), at first the identity: what a
+    through a flow of their own for each datum (a spline, couplings, a full affine map), at first the identity: what a
     richer local family would give. Both start at the guide as it is, so that its dependences between sites stay.
 
     Adam ascends the sum of the ELBOs by ``num_draws`` draws, with the sticking-the-landing gradient where draws have
@@ -220,7 +220,7 @@ class _Search:
         decay = CosineAnnealingLR(optimizer, num_steps, eta_min=learning_rate / 100)
         start = before = leaves.copy()
         third = range(num_steps // 2, num_steps - num_steps // 4)
-        for step in tqdm(range(num_steps), unit="step", desc="refine", disable=not shown(progress)):
+        for step in tqdm(range(num_steps), unit="step", desc="refine", leave=False, disable=not shown(progress)):
             proposal = estimator(self.plan, self.local, self.batch)
             log_weights = weight_table(self.plan, self.model, proposal, self.num_draws).total  # (K, N)
             objective = proposal.bound(log_weights[:, None]).sum()

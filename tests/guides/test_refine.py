@@ -7,7 +7,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_lvm as lvm
-from pyro_lvm.errors import DataTypeError, SiteError
+from pyro_lvm.errors import DataTypeError, ShapeError, SiteError
 from pyro_lvm.guides import refine
 from pyro_lvm.guides.free import Leaves
 from pyro_lvm.models import LinearGaussian
@@ -254,3 +254,10 @@ def test_errors():
 
     with pytest.raises(SiteError, match="support of Uniform would move"):
         refine(model, uniform, x)
+
+
+def test_a_refined_guide_belongs_to_its_data():
+    pair = ORACLES["plain"](4)
+    result = refine(pair.model, pair.guide, pair.x, num_steps=2, seed=0)
+    with pytest.raises(ShapeError, match=r"x: expected \(4,\) data, got \(3,\)"):
+        result.guide(pair.x[:3])
