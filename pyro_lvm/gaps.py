@@ -8,7 +8,6 @@ q* is the best member of the guide's own family for one datum alone.
 
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,16 @@ from tqdm.auto import tqdm
 
 from pyro_lvm._checks import check_positive_int, refuse, shown, warn_caller
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
-from pyro_lvm.errors import ShapeError, SiteError, UnreliableEstimateWarning
+from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.record import concatenate
 from pyro_lvm.guides.refine import Refinement, refine
 from pyro_lvm.table import TextTable
-from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
+from pyro_lvm.tracing.batch import DataArgs, Rows
 from pyro_lvm.tracing.isolation import evaluation_rng
-from pyro_lvm.tracing.params import Fitted, learned
-from pyro_lvm.tracing.probe import probe_pair
+from pyro_lvm.tracing.params import Fitted, current_params
+from pyro_lvm.tracing.probe import Plan, probe_pair
 from pyro_lvm.tracing.weights import evaluation
 
 if TYPE_CHECKING:
@@ -34,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["InferenceGap", "inference_gap"]
 
-_ROWS = 1000  # data refined at once
+_ROWS, _STEP_BYTES = 1000, 2**30  # data refined at once, and memory of one step
+_CONTRADICTION = 0.05  # nats that log p-hat of the guide may be above that of q*, besides errors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +43,8 @@ class InferenceGap:
 
     Attributes:
         log_marginal: log p(x), of the reference if there is one, else by importance sampling from the flow guide, or
-            from q* where no flow could be had. Biased low, which makes ``approximation`` too small.
+            from q* where no flow could be had. Biased low, which makes ``approximation`` too small; a mode that all of
+            them miss is missing from it, and from ``approximation`` too.
         log_marginal_stderr: its Monte Carlo standard error.
         elbo: ELBO of the guide.
         local_elbo: ELBO of q*, the guide with parameters of its own for each datum. At most that of the best member of
@@ -55,12 +56,14 @@ class InferenceGap:
         approximation_stderr: Monte Carlo standard error, at most: draws that both terms share make it smaller.
         amortization_stderr: likewise.
         last_gain: ELBO of q* that the last quarter of the steps added to the mean of the quarter before.
-        converged: whether ``last_gain`` is below 0.01 nats or two of its standard errors.
+        converged: whether that was next to nothing, see `guides.refine`.
+        contradicted: whether draws of the guide itself give a larger log p-hat than ``log_marginal``, by five standard
+            errors and 0.05 nats: q* has lost a mode, and ``approximation`` is too small.
         evidence: the record behind ``log_marginal``, with k-hat and status of each datum.
         free: names of the parameters that each datum has for itself in q*. Where the guide shares one of them over the
             data, q* is from a larger family, and amortization contains the sharing.
-        fixed: latent site -> why it has none.
-        provenance: steps, draws, particles, seed; and that of ``evidence``.
+        fixed: what is not free -> why. What all data share makes ``approximation`` larger.
+        provenance: steps, draws, particles, seed, whether all data are finished; and that of ``evidence``.
     """
 
     log_marginal: torch.Tensor
@@ -74,6 +77,7 @@ class InferenceGap:
     amortization_stderr: torch.Tensor
     last_gain: torch.Tensor
     converged: torch.Tensor
+    contradicted: torch.Tensor
     evidence: LogMarginal
     free: tuple[str, ...]
     fixed: dict[str, str]
@@ -91,7 +95,7 @@ class InferenceGap:
             ("ELBO, q* with a flow", self.flow_elbo, None),
             ("ELBO, q* of the same family", self.local_elbo, None),
             ("ELBO, the guide", self.elbo, None),
-            ("gap", self.approximation + self.amortization, None),
+            ("gap", self.log_marginal - self.elbo, None),
             ("  approximation: the family", self.approximation, self.approximation_stderr),
             ("    of which a flow takes away", -flow, None),
             ("  amortization: the encoder", self.amortization, self.amortization_stderr),
@@ -104,20 +108,24 @@ class InferenceGap:
         """What the numbers cover, which way they err, and what was free."""
         share, left = float(self.converged.double().mean()), float(self.last_gain.mean())
         steps = self.provenance["num_steps"]
+        of = "" if self.provenance["finished"] else f" of {self.provenance['num_data']} (interrupted)"
+        what = "one joint result" if self.provenance["data_plate"] is None else f"{len(self)}{of} data"
         notes = [
-            f"{len(self)} data. Free for each datum: {', '.join(self.free)}."
+            f"{what}. Free for each datum: {', '.join(self.free)}."
             + "".join(f" Not free: {name} ({why})." for name, why in self.fixed.items()),
-            f"{steps} steps; converged for {share:.0%} of the data: the last quarter of the steps gained less than 0.01"
-            f" nats there, or two standard errors. It gained {left:.2g} on average; what is left to gain is counted as "
-            "approximation, not as amortization.",
+            f"{steps} steps; converged for {share:.0%} of the data: the last quarter of them gained next to nothing "
+            f"there. It gained {left:.2g} on average; what is left to gain is counted as approximation, not as "
+            "amortization.",
         ]
         evidence = self.evidence
         if evidence.status_shares().keys() - {"exact"}:
             notes.append(
                 f"log p-hat (K = {evidence.num_particles}) is biased low by about {-evidence.mean_bias:.1g}, and "
-                "approximation with it."
+                "approximation with it; a mode that q* misses is missing from both."
                 + (f" It is {evidence.doubt}, and likely too low there." * bool(evidence.doubt))
             )
+        if bool(self.contradicted.any()):
+            notes.append(_contradiction(self.contradicted))
         return tuple(notes)
 
     def __repr__(self) -> str:
@@ -135,6 +143,11 @@ class InferenceGap:
         from pyro_lvm.plots import inference_gap
 
         return inference_gap(self)
+
+
+def _contradiction(contradicted: torch.Tensor) -> str:
+    share = float(contradicted.double().mean())
+    return f"q* has lost a mode for {share:.1%} of the data: the guide itself finds more of p(x). log p-hat is too low."
 
 
 def _cells(name: str, values: torch.Tensor, stderr: torch.Tensor | None) -> tuple[str, ...]:
@@ -210,36 +223,44 @@ def inference_gap(
         (tensor(True), tensor([1., 0.], dtype=torch.float64))
     """
     check_positive_int("num_steps", num_steps), check_positive_int("num_draws", num_draws, 2)
+    if guide is None:
+        raise DataTypeError(refuse("guide", "a callable", None, "Without a guide there is no gap."))
     source = data_source(x, args, data_args, device)
-    if reference is not None and len(reference) != len(source):
-        cure = "Estimate it on the same x."
-        raise ShapeError(refuse("reference", f"log p(x) of {len(source)} data", len(reference), cure))
-    fitted = Fitted(model, learned(model, guide))
+    expected = 1 if data_plate is None else len(source)
+    if reference is not None and len(reference) != expected:
+        cure = "Estimate it on the same x, with the same data_plate."
+        raise ShapeError(refuse("reference", f"{expected} values of log p(x)", len(reference), cure))
     with evaluation(model, guide), evaluation_rng(0, [device_of(source)]):
         plan = probe_pair(model, guide, source, data_plate, vectorize)
-    rows = len(source) if plan.tied else min(len(source), _ROWS if chunks is None else chunks[0])
+        params = current_params()  # the same in all runs, also those with a random start that nothing has trained
+    model, guide = Fitted(model, params), Fitted(guide, params)
+    rows = len(source) if plan.tied else min(len(source), _num_rows(plan, num_draws, chunks))
     steps = {"num_steps": num_steps, "num_draws": num_draws}
     job = _Job(
-        fitted, guide, {"data_plate": data_plate, "vectorize": vectorize}, steps, num_particles, chunks, seed, progress
+        model, guide, {"data_plate": data_plate, "vectorize": vectorize}, steps, num_particles, chunks, seed, progress
     )
     parts: list[_Part] = []
     try:
         with tqdm(total=len(source), unit="datum", disable=not shown(progress)) as bar:
-            for batch in _pieces(source, rows):
-                parts.append(job.run(batch, len(parts)))
-                bar.update(len(batch))
+            for start in range(0, len(source), rows):
+                parts.append(job.run(source, slice(start, min(len(source), start + rows)), len(parts)))
+                bar.update(rows)
     except KeyboardInterrupt:
         if not parts:
             raise
-    record = _record(parts, reference, job)
+    record = _record(parts, reference, job, len(source))
     if record.evidence.doubt:
         warn_caller(f"log p-hat is {record.evidence.doubt} of the data.", UnreliableEstimateWarning)
+    if bool(record.contradicted.any()):
+        warn_caller(_contradiction(record.contradicted), UnreliableEstimateWarning)
     return record
 
 
-def _pieces(source: Rows, rows: int) -> Iterator[Batch]:
-    for start in range(0, len(source), rows):
-        yield source.rows(slice(start, min(len(source), start + rows)))
+def _num_rows(plan: Plan, num_draws: int, chunks: Chunks) -> int:
+    """How many data to refine at once: a step keeps all that its draws compute."""
+    if chunks is not None:
+        return check_positive_int("chunks[0]", chunks[0])
+    return max(1, min(_ROWS, _STEP_BYTES // (plan.bytes_per_particle * num_draws)))
 
 
 @dataclass(frozen=True)
@@ -265,9 +286,11 @@ class _Job:
     seed: int | None
     progress: bool | None
 
-    def run(self, batch: Batch, index: int) -> _Part:
+    def run(self, source: Rows, rows: slice, index: int) -> _Part:
         """Refine the guide on some data, and measure the three guides there."""
         seed = None if self.seed is None else self.seed + 7919 * index  # other draws for other data
+        with evaluation_rng(seed):
+            batch = source.rows(rows)
         own = [i - 1 for i, per_datum in enumerate(batch.per_datum) if i and per_datum]
         options = self.options | {"data_args": own, "seed": seed, "progress": self.progress}
         x, *args = batch.args
@@ -279,32 +302,41 @@ class _Job:
         options |= {"num_particles": self.num_particles, "chunks": self.chunks, "progress": False}
 
         def measure(guide: Guide) -> LogMarginal:
-            return importance(self.model, guide, x, *args, **options)
+            record = importance(self.model, guide, x, *args, **options)
+            if not record.provenance["finished"]:
+                raise KeyboardInterrupt  # which the estimate took for its own
+            return record
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreliableEstimateWarning)  # said once, of all data
             return _Part(measure(self.guide), measure(local.guide), measure(flow.guide) if flow else None, local)
 
 
-def _record(parts: list[_Part], reference: LogMarginal | None, job: _Job) -> InferenceGap:
-    guide, local = (concatenate([getattr(part, name) for part in parts]) for name in ("guide", "local"))
-    flow = None if parts[0].flow is None else concatenate([part.flow for part in parts if part.flow])
-    evidence = reference or flow or local
+def _record(parts: list[_Part], reference: LogMarginal | None, job: _Job, num_data: int) -> InferenceGap:
+    guide, local = concatenate([part.guide for part in parts]), concatenate([part.local for part in parts])
+    best = concatenate([part.flow or part.local for part in parts])
+    evidence = reference or best
     value, error = evidence.value[: len(local)], evidence.stderr[: len(local)]
+    flow = [torch.full_like(part.local.elbo, math.nan) if part.flow is None else part.flow.elbo for part in parts]
+    joint = job.options["data_plate"] is None
+    provenance = job.steps | {"num_particles": job.num_particles, "seed": job.seed, "num_data": num_data}
     return InferenceGap(
         log_marginal=value,
         log_marginal_stderr=error,
         elbo=guide.elbo,
         local_elbo=local.elbo,
-        flow_elbo=torch.full_like(value, math.nan) if flow is None else flow.elbo,
+        flow_elbo=torch.cat(flow),
         approximation=value - local.elbo,
         amortization=local.elbo - guide.elbo,
         approximation_stderr=torch.hypot(error, local.elbo_stderr),
         amortization_stderr=torch.hypot(local.elbo_stderr, guide.elbo_stderr),
         last_gain=torch.cat([part.own.last_gain for part in parts]).double(),
         converged=torch.cat([part.own.converged for part in parts]),
+        contradicted=guide.value - value > 5 * torch.hypot(error, guide.stderr) + _CONTRADICTION,
         evidence=evidence,
         free=parts[0].own.free,
         fixed=parts[0].own.fixed,
-        provenance=job.steps | {"num_particles": job.num_particles, "seed": job.seed, "evidence": evidence.provenance},
+        provenance=provenance
+        | {"data_plate": None if joint else guide.provenance["data_plate"]}
+        | {"finished": joint or len(local) == num_data, "evidence": evidence.provenance},
     )

@@ -207,7 +207,7 @@ def test_the_table_and_the_picture():
 def test_a_reference_of_other_data_is_refused():
     pair = ORACLES["plain"](4)
     reference = lvm.evidence.quadrature(pair.model, pair.x[:2])
-    with pytest.raises(ShapeError, match="reference: expected log p\\(x\\) of 4 data, got 2"):
+    with pytest.raises(ShapeError, match="reference: expected 4 values of log p\\(x\\), got 2"):
         lvm.inference_gap(pair.model, pair.guide, pair.x, reference=reference)
 
 

@@ -64,8 +64,7 @@ def _steps(fn: Any, to_vector: list[Transform], size: int, leaf: Leaf) -> list[T
         return leaf(part, lambda: center.new_zeros(*center.shape[:-1], *shape))
 
     def normal(part: str, *shape: int) -> torch.Tensor:
-        start = center.new_empty(shape).normal_() / size**0.5
-        return leaf(part, lambda: start.expand(*center.shape[:-1], *shape))
+        return leaf(part, lambda: (center.new_empty(shape).normal_() / size**0.5).expand(*center.shape[:-1], *shape))
 
     raw = zeros("triangle", size, size)
     triangle = raw.tril(-1) + raw.diagonal(dim1=-2, dim2=-1).exp().diag_embed()

@@ -24,6 +24,7 @@ def classify(
     noise: torch.Tensor,
     khat: torch.Tensor,
     flat_tail: torch.Tensor,
+    even: torch.Tensor,
     num_particles: int,
 ) -> torch.Tensor:
     r"""Status code of each datum.
@@ -36,7 +37,9 @@ def classify(
       posterior;
     - ``no_fault_found``: k-hat < min(0.5, t), or a flat tail: weights that are bounded by a value that many of them
       have, as those of a guide of discrete latents, have all moments, and no k-hat;
-    - ``heavy_tail``: 0.5 <= k-hat <= t. The value is usable, its standard error optimistic;
+    - ``heavy_tail``: 0.5 <= k-hat <= t. The value is usable, its standard error optimistic. So is it with a larger
+      k-hat where the weights are so even that what their tail adds cannot matter: that of a nearly exact guide is a
+      tail of differences next to nothing;
     - ``unreliable``: all else, k-hat = NaN (too few particles, or no tail to fit) included.
 
     Args:
@@ -45,6 +48,7 @@ def classify(
         noise: Rounding error of a log-weight in nats, ``(N,)``; not finite means unknown.
         khat: Tail index, ``(N,)``.
         flat_tail: Whether there are enough particles for a tail and its weights are all equal, ``(N,)``.
+        even: Whether ESS / K is at least 0.99, ``(N,)``.
         num_particles: Number of particles K.
 
     Returns:
@@ -55,14 +59,15 @@ def classify(
 
     Example:
         >>> value, spread, khat = torch.zeros(2), torch.tensor([3.0, 0.0]), torch.tensor([0.6, torch.nan])
-        >>> status_names(classify(value, spread, torch.zeros(2), khat, torch.zeros(2, dtype=bool), num_particles=1000))
+        >>> no = torch.zeros(2, dtype=bool)
+        >>> status_names(classify(value, spread, torch.zeros(2), khat, no, no, num_particles=1000))
         ('heavy_tail', 'zero_variance')
     """
     particles = check_positive_int("num_particles", num_particles)
     threshold = khat_threshold(particles)
     code = torch.full_like(value, STATUSES.index("unreliable"), dtype=torch.int64)  # (N,)
     rules = {  # later rules win
-        "heavy_tail": (khat >= 0.5) & (khat <= threshold),
+        "heavy_tail": ((khat >= 0.5) & (khat <= threshold)) | (even & khat.isfinite()),
         "no_fault_found": (khat < min(0.5, threshold)) | flat_tail,
         "zero_variance": (spread <= noise) & noise.isfinite() & (particles >= 2),
         "no_support": value.isneginf(),

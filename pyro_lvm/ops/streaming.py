@@ -21,6 +21,7 @@ __all__ = ["WeightAccumulator", "WeightSummary"]
 # Rounding error of a log-weight in units of eps x noise_scale. A sum of n terms errs by about sqrt(n) eps / 2 of their
 # size, so 64 covers tens of thousands of terms; a spread above it that means anything is far larger.
 _NOISE_FACTOR = 64
+_EVEN = 0.99  # ESS / K from which k-hat, that of a tail of next to nothing, does not make a value unreliable
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +142,8 @@ class WeightAccumulator:
         khat = khat_from_tail(self._largest, self._noise)
         tail = self._largest[0] - self._largest[-1]  # (N,) NaN where every weight is zero
         flat = (tail <= self._noise) & (self._table_size > MIN_TAIL)
-        status = classify(value, spread, self._noise, khat, flat, seen)
+        ess = self._moments.effective_sample_size
+        status = classify(value, spread, self._noise, khat, flat, ess >= _EVEN * seen, seen)
         equal = status == STATUSES.index("zero_variance")
         variance = self._moments.relative_variance.masked_fill(equal, 0.0)
         elbo_variance = self._log_squares / (seen * (seen - 1)) if seen > 1 else torch.full_like(value, math.nan)
@@ -151,7 +153,7 @@ class WeightAccumulator:
             bias=-0.5 * variance,
             elbo=self._log_sum / seen,
             elbo_stderr=elbo_variance.sqrt().masked_fill(equal, 0.0),
-            ess=self._moments.effective_sample_size.masked_fill(equal, float(seen)),
+            ess=ess.masked_fill(equal, float(seen)),
             khat=khat,
             spread=spread,
             noise=self._noise,

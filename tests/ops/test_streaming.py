@@ -137,9 +137,10 @@ def test_bad_data_have_their_own_status_and_spoil_nothing():
     assert summary.khat[7].item() == INF
 
 
-def classify(khat, num_particles, value=0.0, spread=1.0, noise=0.0, flat_tail=False):
+def classify(khat, num_particles, value=0.0, spread=1.0, noise=0.0, flat_tail=False, even=False):
     numbers = [torch.tensor([number], dtype=torch.float64) for number in (value, spread, noise, khat)]
-    return ops.status_names(ops.classify(*numbers, torch.tensor([flat_tail]), num_particles=num_particles))[0]
+    flags = torch.tensor([flat_tail]), torch.tensor([even])
+    return ops.status_names(ops.classify(*numbers, *flags, num_particles=num_particles))[0]
 
 
 def test_bounded_weights_with_a_flat_tail_are_no_fault():
@@ -177,6 +178,17 @@ def test_status_follows_khat(khat, num_particles, status):
 
 def test_at_a_threshold_below_one_half_the_estimate_is_unreliable():
     assert classify(ops.khat_threshold(50), 50) == "unreliable"
+
+
+def test_nearly_equal_weights_are_not_unreliable_by_the_tail_of_their_differences():
+    assert classify(0.9, 1000, even=True) == "heavy_tail"
+    assert classify(0.2, 1000, even=True) == "no_fault_found"
+    assert classify(NAN, 1, even=True) == classify(INF, 1000, even=True) == "unreliable"
+    torch.manual_seed(0)
+    noise = 1e-3 * torch.rand(1000, 200, dtype=torch.float64).reciprocal().clamp(max=50).log()  # an exponential tail
+    accumulator = ops.WeightAccumulator(num_data=200, num_particles=1000)
+    accumulator.update(noise, torch.ones(200))
+    assert "unreliable" not in ops.status_names(accumulator.summary().status)
 
 
 def test_status_order_of_precedence():
