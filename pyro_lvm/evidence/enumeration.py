@@ -17,6 +17,7 @@ from pyro_lvm.tracing.grid import Grid, finite_grid
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair
 from pyro_lvm.tracing.proposals import uniform_guide
+from pyro_lvm.tracing.sites import check_free
 from pyro_lvm.tracing.weights import check_data, evaluation
 
 __all__ = ["enumeration"]
@@ -57,6 +58,7 @@ def enumeration(
     Raises:
         SupportError: a latent has no finite support, or there are more than ``max_terms`` terms; the message says how
             many and how long they would take.
+        SiteError: something depends on a missing value (``obs_mask``), which the model draws itself.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -76,6 +78,7 @@ def enumeration(
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
             few = len(source) if plan.tied else min(len(source), PROBE_ROWS)
+            check_free(model, source.rows(slice(0, few)).args, plan.match)
             grid = finite_grid(plan, model, guide, source.rows(slice(0, few)))
             sizes = chunks or plan.chunk_sizes(len(source), grid.size, device_of(source))
             step = len(source) if plan.tied else sizes[0]

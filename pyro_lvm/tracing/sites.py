@@ -21,16 +21,20 @@ from pyro_lvm.tracing.intercept import (
     is_unobserved,
     outside_support,
     run,
+    site_log_prob,
     support,
 )
+from pyro_lvm.tracing.isolation import evaluation_rng
 
 __all__ = [
     "MAX_SUPPORT",
     "Match",
     "check_determined",
+    "check_free",
     "guide_sites",
     "has_bounded_data",
     "is_delta",
+    "mask_of",
     "match_sites",
     "outside_data",
 ]
@@ -100,8 +104,59 @@ def match_sites(model: Trace, guide: Trace) -> Match:
             f"joint values, more than the {MAX_SUPPORT} that are enumerated. Sample them in the guide."
         )
     sampled = tuple(n for n in latents if n in proposals)
+    for name in sampled:
+        _check_masks(name, latents[name], proposals[name])
     unlike = {n for n in sampled if not _covers(n, latents[n]["fn"], proposals[n]["fn"])}
     return Match(sampled, tuple(missing), free, determined, frozenset(unlike))
+
+
+def mask_of(site: Site) -> torch.Tensor:
+    """The mask of a site together with that of its distribution."""
+    mask = torch.as_tensor(True if site["mask"] is None else site["mask"])
+    inner = getattr(site["fn"], "_mask", None)
+    return mask if inner is None else mask & torch.as_tensor(inner)
+
+
+def _check_masks(name: str, model: Site, guide: Site) -> None:
+    """A latent that only one program masks leaves half of its weight."""
+    if is_delta(guide) or is_delta(model):
+        return
+    ours, theirs = torch.broadcast_tensors(mask_of(guide), mask_of(model))
+    if not torch.equal(ours, theirs):
+        counts = [
+            f"{int((~mask).sum())} of {mask.numel()} elements masked in the {of}"
+            for mask, of in ((theirs, "model"), (ours, "guide"))
+        ]
+        cure = "Mask the site alike in both, `with poutine.mask(mask=...)`"
+        cure += ": where the value is missing, `mask=~obs_mask`." if is_unobserved(name) else "."
+        raise SiteError(
+            f"latent site {name!r}: expected one mask in model and guide, got {' and '.join(counts)}: the weight "
+            f"p(x, z)/q(z) would lack one of the two densities. {cure}"
+        )
+
+
+def check_free(model: Callable[..., Any], args: Sequence[Any], match: Match) -> None:
+    """Nothing depends on the missing values that the model draws itself, so that they cancel in every sum.
+
+    Raises:
+        SiteError: an observed site, or another latent, depends on one.
+    """
+    if not match.free:
+        return
+    with torch.no_grad(), evaluation_rng(0):
+        values = {n: s["value"] for n, s in run(model, args).items() if is_latent(s) and n not in match.free}
+    totals = []
+    for seed in (1, 2):
+        with torch.no_grad(), evaluation_rng(seed):
+            trace = run(model, args, values=values)
+        totals.append(torch.stack([site_log_prob(trace[n]).sum() for n in match.model_sites(trace)]).sum())
+    one, other = totals
+    if not torch.allclose(one, other, equal_nan=True):
+        raise SiteError(
+            f"latent sites {list(match.free)}: expected missing values that nothing depends on, got log p(x, z) that "
+            "changes with them. Only a guide can weigh them: use log_marginal, with guide=None if the prior is to draw "
+            "them, or write the latent as a site of its own."
+        )
 
 
 def _suggest(name: str, names: list[str]) -> str:
