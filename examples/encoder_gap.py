@@ -52,8 +52,8 @@ def main() -> None:
     gaps = {}
     for name, (family, size) in FAMILIES.items():
         guide = family(LATENT_DIM, MLP(64, [128, 128], size))
-        train(args, model, guide, images.train, 2000, update="guide")
-        steps = 20 if args.smoke else 400
+        train(args, model, guide, images.train, 1500, update="guide")
+        steps = 20 if args.smoke else 200
         gaps[name] = lvm.inference_gap(model, guide, x, num_steps=steps, num_particles=args.particles, seed=args.seed)
         print(f"{name}, held-out images\n{gaps[name]}\n")
     draw(gaps).savefig(args.picture, dpi=120)

@@ -176,7 +176,7 @@ class AutoregressiveStep(Step):
             like it, with weights of its own for each datum if need be.
         context: c, with a row for each datum ``(N, C)``, or whatever else the network takes.
 
-    Source: Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow, Eq. (10).
+    Source: Kingma et al. (2016), Improved Variational Inference with Inverse Autoregressive Flow, Eq. (10).
 
     Example:
         >>> step = AutoregressiveStep(AutoregressiveNetwork(2, 8, context_dim=3), torch.zeros(5, 3))
@@ -340,7 +340,8 @@ class CouplingNetwork(nn.Module):
         dim: L.
         hidden_dims: widths of the hidden layers.
         outputs_per_coordinate: P.
-        parity: 0 to keep the coordinates 0, 2, 4, ..., 1 to keep 1, 3, 5, ...; layers take turns.
+        parity: 0 to keep the coordinates 0, 2, 4, ..., 1 to keep 1, 3, 5, ...; layers take turns. A single
+            coordinate is never kept: it moves by the context alone.
         context_dim: C; 0 for none.
 
     Attributes:
@@ -359,7 +360,8 @@ class CouplingNetwork(nn.Module):
         super().__init__()
         self.net = MLP(dim + context_dim, hidden_dims, outputs_per_coordinate * dim)
         nn.init.zeros_(cast(nn.Linear, self.net.layers[-1]).weight)  # the identity to start with
-        self.register_buffer("kept", torch.arange(dim) % 2 == parity, persistent=False)  # (L,)
+        kept = (torch.arange(dim) % 2 == parity) & (dim > 1)  # (L,)
+        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, u: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """Numbers ``(..., P, L)`` of u ``(..., L)`` and context ``(N, C)``; zeros where a coordinate is kept."""

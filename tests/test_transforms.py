@@ -211,3 +211,13 @@ def test_autoregressive_steps_are_triangular_in_their_order() -> None:
         own = rows[torch.arange(N), :, torch.arange(N)]  # (N, L, L)
         assert not outside(own - own.diagonal(dim1=-2, dim2=-1).diag_embed()).any()
         assert (own.flatten(1) != 0).sum(1).eq(L * (L + 1) // 2).all()
+
+
+@COUPLINGS
+def test_a_single_coordinate_is_moved_by_every_step(kind: Any, outputs: int) -> None:
+    for parity in (0, 1):
+        network = CouplingNetwork(1, [12], outputs, parity, C)
+        assert not network.kept.any()
+        z, _ = kind(shaken(network), torch.randn(N, C).double()).forwards(torch.randn(N, 1).double() / 3)
+        grads = torch.autograd.grad(z.sum(), list(network.parameters()))
+        assert all(bool(grad.any()) for grad in grads)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyro_lvm._checks import data_tensor, refuse
 from pyro_lvm._typing import DataPlate, Guide, TensorLike, Vectorize
-from pyro_lvm.errors import PlateError, ShapeError, SiteError
+from pyro_lvm.errors import DataTypeError, PlateError, ShapeError, SiteError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
 from pyro_lvm.tracing.intercept import Site, Trace, is_latent, run
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -24,7 +25,7 @@ _NUM_CHECKED = 3  # particles, by which running all of them at once is judged
 
 def log_prob(
     guide: Guide,
-    values: Mapping[str, torch.Tensor],
+    values: Mapping[str, TensorLike],
     x: TensorLike,
     *args: Any,
     data_plate: DataPlate = "auto",
@@ -51,6 +52,7 @@ def log_prob(
         class that a ``Categorical`` does not have, torch knows no probability and raises.
 
     Raises:
+        DataTypeError: ``values`` is no mapping from names to tensors or arrays.
         SiteError: a latent site of the guide has no value, or a value no site.
         ShapeError: a value has not the shape of its site.
         PlateError: no single plate of the size of x is around all sites.
@@ -62,15 +64,29 @@ def log_prob(
         tensor([-1.8379, -1.8379, -1.8379], grad_fn=<SelectBackward0>)
     """
     batch = make_batch(data_tensor("x", x), args, data_args)
+    tensors = _tensors(values)
     with evaluation(guide, None), validation(False):
         with evaluation_rng(0, [batch.args[0].device]), torch.no_grad():
             trace = run(guide, batch.args)
-        _check_sites(trace, values)
+        _check_sites(trace, tensors)
         layout = _layout(trace, len(batch), data_plate)
-        single, draws = _canonical(trace, values, layout)
+        single, draws = _canonical(trace, tensors, layout)
         runner = Runner(guide, layout, guide_sites, check_support=frozenset(draws))
         total = _score(runner, batch, draws, vectorize)
     return total[0] if single else total
+
+
+def _tensors(values: Any) -> dict[str, torch.Tensor]:
+    """The values by name, arrays as tensors."""
+    if not isinstance(values, Mapping):
+        cure = "Pass a dictionary from the names of the guide's latent sites to tensors."
+        raise DataTypeError(refuse("values", "a mapping", type(values).__name__, cure))
+    tensors = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            cure = "Pass latents as the guide draws them, or K of them."
+            raise DataTypeError(refuse(f"values[{name!r}]", "a tensor or an array", type(value).__name__, cure))
+    return tensors
 
 
 def _check_sites(trace: Trace, values: Mapping[str, torch.Tensor]) -> None:

@@ -38,9 +38,8 @@ class Flow(nn.Module):
     8 pieces, before the change to m + S u; any density costs one pass. Their steps start as the identity, those of
     ``"autoregressive"`` near it.
 
-    Splines tear a Gaussian in two most easily: on x_1 = z_1^2 + noise of 0.5 and x_2 = z_1 + z_2 + noise of 1, at
-    (1, 0) and (2, 0), four such steps on a full base came within 0.05 nats of log p(x), four of either other kind
-    within 0.71 (one run each); one of two equal modes costs log 2.
+    Splines tear a Gaussian in two most easily, for one step bends a coordinate where it likes; a factor and a shift
+    keep each conditional Gaussian given the others. A guide that has one of two equal modes, far apart, loses log 2.
 
     With ``base="full"`` the family contains ``FullRankNormal``, with ``"diagonal"`` ``DiagonalNormal``.
 
@@ -52,7 +51,7 @@ class Flow(nn.Module):
         shared: one location, scale and context for every datum, in the place of ``encoder``.
         transform: kind of the steps, of ``pyro_lvm.transforms``.
         base: S, ``"diagonal"`` or ``"full"``, a lower triangle.
-        num_steps: number of steps, each with a network; couplings need two to move every coordinate.
+        num_steps: number of steps, each with a network; couplings need two to move every coordinate if L > 1.
         hidden_dim: width of the hidden layer of each network.
         context_dim: size of what the networks see of x.
         site: the latent's name in the model.
@@ -62,7 +61,7 @@ class Flow(nn.Module):
             and ``shared`` is given.
         ShapeError: (when used) the encoder's output has another size, or x has not ``num_data`` rows.
 
-    Source: Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow, Algorithm 1; Dinh,
+    Source: Kingma et al. (2016), Improved Variational Inference with Inverse Autoregressive Flow, Algorithm 1; Dinh,
     Sohl-Dickstein and Bengio (2017), Density estimation using Real NVP; Durkan et al. (2019), Neural Spline Flows.
 
     Example:

@@ -39,8 +39,8 @@ class BottomUp(nn.Module):
         hidden_dims: hidden layers of the network between two latents; empty for a linear map.
 
     Raises:
-        DataTypeError: a dimension is not an integer, or not exactly one of ``encoder``, ``num_data`` and ``shared`` is
-            given.
+        DataTypeError: ``latent_dims`` is no list of integers, or not exactly one of ``encoder``, ``num_data`` and
+            ``shared`` is given.
         ShapeError: there are fewer than two layers, or (when used) the encoder's output has another size, or x has not
             ``num_data`` rows.
 
@@ -96,8 +96,8 @@ class TopDown(nn.Module):
         hidden_dims: hidden layers of the network of each layer; empty for a linear map.
 
     Raises:
-        DataTypeError: a dimension is not an integer, or not exactly one of ``encoder``, ``num_data`` and ``shared`` is
-            given.
+        DataTypeError: ``latent_dims`` is no list of integers, or not exactly one of ``encoder``, ``num_data`` and
+            ``shared`` is given.
         ShapeError: there are fewer than two layers, or (when used) the encoder's output has another size, or x has not
             ``num_data`` rows.
 
@@ -247,6 +247,9 @@ def _merged(message: dist.Independent, prior: dist.Independent) -> dist.Independ
 
 
 def _checked_dims(latent_dims: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(latent_dims, Sequence):
+        cure = "Pass the size of each layer, from the data upwards, e.g. [8, 4]."
+        raise DataTypeError(refuse("latent_dims", "a list of integers", repr(latent_dims), cure))
     dims = tuple(check_positive_int("latent_dims", size) for size in latent_dims)
     if len(dims) < 2:
         raise ShapeError(refuse("latent_dims", "two layers or more", list(dims), "For one use DiagonalNormal."))

@@ -45,8 +45,8 @@ class MixtureOfNormals(nn.Module):
     The weights stay equal, unless ``learn_weights``: a mode of much mass then gets more of the components. The gradient
     of weights is unbiased too, but it reads from draws between the components what moving mass from one to the other
     would gain. Once two of them are so far apart that few draws fall between, it is noise of large variance, in which
-    weights drift: on x = z^2 + noise of 0.5, x = 2 and 3, two components with equal weights come within 0.02 nats of
-    log p(x), with learned ones within 0.02 to 0.20 (three runs each). For modes of unequal mass take more components.
+    weights drift: of a posterior with two equal modes, learned weights can end further away than equal ones. For modes
+    of unequal mass take more components.
 
     Args:
         num_components: C.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pyro_lvm._checks import check_positive_int, refuse
-from pyro_lvm.errors import ShapeError
+from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.models.likelihoods import Likelihood, Normal, as_likelihood, observe
 from pyro_lvm.nn import MLP
 
@@ -39,7 +39,7 @@ class HierarchicalGaussian(nn.Module):
             ``likelihoods.Normal`` reads them.
 
     Raises:
-        DataTypeError: ``likelihood`` is neither a known name nor callable, or a dimension is not an integer.
+        DataTypeError: ``likelihood`` is neither a known name nor callable, or ``latent_dims`` is no list of integers.
         ShapeError: there are fewer than two layers, or (when used) the decoder's output does not fit x.
 
     Source: Rezende, Mohamed and Wierstra (2014), Eqs. (1) to (4); Sonderby et al. (2016), Ladder Variational
@@ -61,6 +61,9 @@ class HierarchicalGaussian(nn.Module):
         hidden_dims: Sequence[int] = (64,),
     ) -> None:
         super().__init__()
+        if not isinstance(latent_dims, Sequence):
+            cure = "Pass the size of each layer, from the data upwards, e.g. [8, 4]."
+            raise DataTypeError(refuse("latent_dims", "a list of integers", repr(latent_dims), cure))
         self.latent_dims = tuple(check_positive_int("latent_dims", size) for size in latent_dims)
         if len(self.latent_dims) < 2:
             raise ShapeError(

@@ -4,7 +4,7 @@ from pyro_lvm.objectives.annealing import KLAnnealing, warm_up
 from pyro_lvm.objectives.free_bits import FreeBits
 from pyro_lvm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_lvm.objectives.mean_field import AnalyticKL, SiteKL, analytic_kl
-from pyro_lvm.objectives.quality import gradient_snr
+from pyro_lvm.objectives.snr import gradient_snr
 from pyro_lvm.objectives.snr_record import GradientGroup, GradientSNR
 from pyro_lvm.objectives.usage import latent_usage
 from pyro_lvm.objectives.usage_record import LatentSite, LatentUsage

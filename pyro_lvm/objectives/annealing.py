@@ -5,6 +5,7 @@ r"""The ELBO with its KL weighed: warm-up, beta-VAE, any schedule.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,11 +46,7 @@ def warm_up(num_steps: int, start: float = 0.0) -> Callable[[int], float]:
         [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
     """
     num_steps, start = check_positive_int("num_steps", num_steps), _weight("start", start)
-
-    def beta(step: int) -> float:
-        return 1.0 if step >= num_steps else start + (1 - start) * step / num_steps
-
-    return beta
+    return partial(_line, num_steps, start)
 
 
 class KLAnnealing(ELBO):
@@ -153,6 +150,11 @@ class KLAnnealing(ELBO):
 
     def _get_trace(self, model: Model, guide: Guide, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("the wrapped loss makes the traces")
+
+
+def _line(num_steps: int, start: float, step: int) -> float:
+    """A function of the module, so that a loss with a schedule can be pickled."""
+    return 1.0 if step >= num_steps else start + (1 - start) * step / num_steps
 
 
 def _weighable(loss: Any) -> ELBO:

@@ -1,4 +1,4 @@
-"""The loss of a pair where none is named: the ELBO, with what the guide leaves out summed or integrated out."""
+"""A loss and the model as it sees it; where none is named, the ELBO with what the guide leaves out summed out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,17 +6,53 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import Delta
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 from pyro_lvm._checks import refuse
-from pyro_lvm.errors import SiteError
-from pyro_lvm.tracing.intercept import Trace, base_distribution, is_latent
+from pyro_lvm.errors import DataTypeError, SiteError
+from pyro_lvm.objectives.importance_weighted import ImportanceWeightedELBO
+from pyro_lvm.tracing.intercept import Trace, base_distribution, is_latent, is_unobserved, without
 from pyro_lvm.tracing.params import anchor
 from pyro_lvm.tracing.plates import nesting
 
-__all__ = ["default_loss"]
+__all__ = ["check_loss", "default_loss", "model_and_loss"]
 
 Program = Callable[..., Any]
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is neither None, nor a loss object, nor a function.
+
+    Raises:
+        DataTypeError: it is a class, or cannot be called.
+    """
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
+        cure = "Pass e.g. pyro.infer.Trace_ELBO(), or a function loss(model, guide, *args)."
+        raise DataTypeError(refuse("loss", "a loss object or function", repr(loss), cure))
+
+
+def model_and_loss(program: Program, owner: Program, model: Trace, guide: Trace, loss: Any) -> tuple[Program, Any]:
+    """The model as the loss sees it, and the loss, which is `default_loss` for None.
+
+    Args:
+        program: the model.
+        owner: the model as the user wrote it, where ``program`` wraps it.
+        model: a run of the model.
+        guide: a run of the guide.
+        loss: what the user gave.
+
+    Raises:
+        SiteError: no loss is given and the guide lacks a latent that cannot be enumerated.
+    """
+    unobserved = [n for n, s in model.items() if is_latent(s) and n not in guide and is_unobserved(n)]
+    if unobserved and not isinstance(loss, ImportanceWeightedELBO):  # whose log-weights leave these sites out
+        # The half of an obs_mask that is not there: drawn from the model, it cancels.
+        program = without(program, unobserved)
+    if loss is not None:
+        return program, loss
+    seen = {n: s for n, s in model.items() if n not in unobserved}
+    loss, enumerate_model = default_loss(owner, seen, guide)
+    return config_enumerate(program) if enumerate_model else program, loss
 
 
 def default_loss(program: Program, model: Trace, guide: Trace) -> tuple[Any, bool]:

@@ -7,6 +7,8 @@ A proposal hands out draws z and a table log q(z | x) of the same values as ever
 through them. What it adds besides has the value zero: only its gradient counts.
 """
 
+import math
+
 import torch
 
 from pyro_lvm._checks import refuse
@@ -39,9 +41,6 @@ class Standard(Proposal):
         guide: q(z | x).
         batch: its arguments.
         check: make sure that the guide gives its own draws the density that they were drawn with.
-
-    Attributes:
-        level: b(x), ``(N,)``, what `Reinforce` takes the bound of each datum to be; None to leave it out.
     """
 
     needs_rsample = True
@@ -49,7 +48,6 @@ class Standard(Proposal):
     def __init__(self, plan: Plan, guide: Guide, batch: Batch, *, check: bool = False) -> None:
         super().__init__(plan, guide, batch)
         self.check = check
-        self.level: torch.Tensor | None = None
 
     def bound(self, log_weights: torch.Tensor) -> torch.Tensor:
         """The bound of each datum, ``(N,)``, from log-weights ``(M, K, N)``."""
@@ -152,16 +150,19 @@ class Vimco(Scored):
 
     .. math:: \nabla_\phi \approx \frac1M \sum_{mk} (\hat L_m - \hat L_{m,-k} - \bar w_{mk}) \nabla_\phi \log q(z_{mk})
 
-    where :math:`\hat L_{m,-k}` has, in the place of :math:`w_{mk}`, the geometric mean of the other weights.
+    where :math:`\hat L_{m,-k}` has, in the place of :math:`w_{mk}`, the geometric mean of the other weights. Where
+    these are all zero it is minus infinity, and the factor is log K in its place, whatever the draw is.
     """
 
     def factors(self, log_weights: torch.Tensor) -> torch.Tensor:
         """What each particle adds to the bound, less its weight, ``(M, K, N)``."""
         num_particles = log_weights.shape[1]
-        others = (log_weights.sum(1, keepdim=True) - log_weights) / (num_particles - 1)  # (M, K, N), means of the rest
-        own = torch.eye(num_particles, dtype=torch.bool, device=log_weights.device)[..., None]
-        without = torch.where(own, others[:, None], log_weights[:, :, None])  # (M, K, K, N): the second one replaced
-        return log_mean_exp(log_weights, 1)[:, None] - log_mean_exp(without, 1) - log_weights.softmax(1)
+        own = torch.eye(num_particles, dtype=torch.bool, device=log_weights.device)[..., None]  # (K, K, 1)
+        each = log_weights[:, None]  # (M, 1, K, N)
+        others = each.masked_fill(own, 0.0).sum(2) / (num_particles - 1)  # (M, K, N), means of the rest
+        without = log_mean_exp(torch.where(own, others[:, :, None], each), 2)  # (M, K, N), each with one replaced
+        factors = log_mean_exp(log_weights, 1)[:, None] - without - log_weights.softmax(1)
+        return factors.masked_fill(without.isneginf(), math.log(num_particles))
 
 
 class ReweightedWakeSleep(Scored):
@@ -180,9 +181,14 @@ class Reinforce(Scored):
 
     .. math:: \nabla_\phi \approx \frac1M \sum_{mk} (\hat L_m - b_m - \bar w_{mk} + \tfrac1K) \nabla_\phi \log q(z_{mk})
 
-    b_m is the `level`, which learns by its squared error; with M > 1 the mean of the other bounds; else 0. Neither
+    b_m is `level`, which learns by its squared error; with M > 1 the mean of the other bounds; else 0. Neither
     depends on the draws of bound m, so that the mean stays; nor does 1 / K, the mean of the weights.
+
+    Attributes:
+        level: b(x), ``(N,)``, what a baseline takes the bound of each datum to be; None to leave it out.
     """
+
+    level: torch.Tensor | None = None
 
     def factors(self, log_weights: torch.Tensor) -> torch.Tensor:
         """How far the bound is above its level, less the weight of each particle, ``(M, K, N)``."""

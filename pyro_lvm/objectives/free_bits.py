@@ -13,9 +13,10 @@ from pyro.infer import Trace_ELBO
 from pyro.util import warn_if_nan
 from torch.distributions import Independent, kl_divergence
 
-from pyro_lvm._checks import data_tensor, refuse
+from pyro_lvm._checks import check_positive_int, data_tensor, refuse
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import DataTypeError, PlateError, SiteError
+from pyro_lvm.objectives.closed_form_kl import not_its_own
 from pyro_lvm.objectives.setting import needs_score, own_subsample, scale_of
 from pyro_lvm.tracing.intercept import (
     Site,
@@ -50,13 +51,14 @@ class FreeBits(Trace_ELBO):
     latent outside the data plate has one KL, which is not averaged over data.
 
     Args:
-        nats: :math:`\lambda` >= 0, the floor of each dimension.
+        nats: :math:`\lambda` >= 0, the floor of each dimension; 0 leaves the ELBO as it is.
         num_particles: draws for each datum.
         data_plate: the plate that holds the data, ``"auto"`` to find it.
         vectorize_particles: run all particles at once, in a plate of Pyro's.
 
     Raises:
         DataTypeError: an argument of the wrong kind, or (when used) the first argument of the pair is not a tensor.
+        ShapeError: ``num_particles`` is less than 1.
         PlateError: (when used) no single tensor dimension holds the data.
         SiteError: (when used) the guide has not the latents of the model, one of them depends on parameters and is not
             reparameterised, or a latent is scaled differently in model and guide.
@@ -89,7 +91,11 @@ class FreeBits(Trace_ELBO):
             raise DataTypeError(refuse("nats", "a finite number >= 0", repr(nats), cure))
         if not isinstance(data_plate, str):
             raise DataTypeError(refuse("data_plate", "a name", repr(data_plate), 'Pass "auto" to find it.'))
-        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
+        if not isinstance(vectorize_particles, bool):
+            raise DataTypeError(refuse("vectorize_particles", "True or False", repr(vectorize_particles), "Pass one."))
+        super().__init__(
+            num_particles=check_positive_int("num_particles", num_particles), vectorize_particles=vectorize_particles
+        )
         self.nats, self.data_plate = float(nats), data_plate
 
     def loss(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> float:
@@ -118,7 +124,8 @@ class FreeBits(Trace_ELBO):
         divergence = torch.zeros(())
         for found in terms.values():
             kl = torch.stack([kl for kl, _ in found]).mean(0)  # (J,), over particles
-            divergence = divergence + found[0][1] * kl.clamp(min=self.nats).sum()
+            kl = kl.clamp(min=self.nats) if self.nats > 0 else kl  # an estimate of a KL may be negative
+            divergence = divergence + found[0][1] * kl.sum()
         loss = divergence - likelihood / self.num_particles
         warn_if_nan(loss.detach(), "loss")
         return loss
@@ -150,7 +157,7 @@ def _sites(trace: Any) -> Trace:
 
 def _divergences(model: Trace, guide: Trace, plate: str) -> list[tuple[str, torch.Tensor, float]]:
     """Name of each latent, the KL of its dimensions ``(J,)``, averaged over data, and the number of data it is for."""
-    latents = [n for n, s in model.items() if is_latent(s) and not is_unobserved(n)]
+    latents = [n for n, s in model.items() if is_latent(s) and not (is_unobserved(n) and n not in guide)]
     drawn = [n for n, s in guide.items() if is_latent(s) or is_observed(s)]
     if set(latents) != set(drawn):
         cure = (
@@ -187,7 +194,7 @@ def _elementwise(p: Site, q: Site, ordered: bool) -> torch.Tensor:
     shape = q["fn"].batch_shape + q["fn"].event_shape
     if prior is None or posterior is None or p["fn"].batch_shape + p["fn"].event_shape != shape:
         return site_log_prob(q) - site_log_prob(p)
-    if ordered:
+    if ordered and not not_its_own(posterior, prior):
         try:
             return kl_divergence(posterior, prior).expand(shape)
         except NotImplementedError:

@@ -15,13 +15,16 @@ from pyro.util import warn_if_nan
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model
 from pyro_lvm.errors import DataTypeError, ShapeError, SiteError
-from pyro_lvm.objectives.estimators import ESTIMATORS
-from pyro_lvm.objectives.setting import Setting, look, signature
+from pyro_lvm.objectives.estimators import ESTIMATORS, Reinforce
+from pyro_lvm.objectives.setting import Setting, look, modes, signature
 from pyro_lvm.tracing.handlers import noted_rows
 from pyro_lvm.tracing.params import current_params
 from pyro_lvm.tracing.weights import weight_table
 
-__all__ = ["ImportanceWeightedELBO"]
+__all__ = ["BASELINE", "ImportanceWeightedELBO"]
+
+#: Name of the baseline in the param store; no program of a user has a module of this name.
+BASELINE = "ImportanceWeightedELBO.baseline"
 
 Gradient = Literal[
     "standard", "sticking_the_landing", "doubly_reparameterized", "vimco", "reweighted_wake_sleep", "reinforce"
@@ -61,10 +64,13 @@ class ImportanceWeightedELBO(ELBO):
     * ``"reweighted_wake_sleep"``: :math:`\sum_k \bar w_k \nabla_\phi \log q(z_k)` (Bornschein and Bengio 2015: the wake
       phase of q). It climbs another hill, :math:`-KL(p(z \mid x) \,\|\, q(z \mid x))` for the guide, so that its signal
       does not die as K grows; K >= 2. Biased for that gradient by order 1 / K (by quadrature on the Gaussian example
-      with K = 2, 3, 4: 0.59, 0.84, 0.98 for the guide's mean, where the gradient is 1.33).
+      with K = 2, 3, 4: 0.59, 0.84, 0.98 for the guide's mean, where the gradient is 1.33). A parameter that model and
+      guide share gets the sum of the gradients of two objectives, which is that of neither.
 
-    A pair is looked at once for each shape of its arguments, which finds the data plate, how to run particles
-    (vectorised; folded into the batch, as convolutions need; one by one) and the scales. No step pays for that again.
+    A pair is looked at once for each shape of its arguments, each value of those that are numbers or strings, and each
+    mode (train or eval) of its modules. That finds the data plate, how to run particles (vectorised; folded into the
+    batch, as convolutions need; one by one) and the scales; no step pays for it again. What multiplies the loss is the
+    scale that the pair had then: one that changes otherwise, or a handler (scale, mask) around the step, is not seen.
 
     Args:
         num_particles: K.
@@ -73,8 +79,8 @@ class ImportanceWeightedELBO(ELBO):
             bound of so many particles, and K = 1, the best gradient of the guide.
         baseline: for ``"reinforce"`` with M = 1, a module that takes x, the data of the step, and returns ``(N,)`` or
             ``(N, 1)``: what the bound of each datum is expected to be, in nats. It learns by its squared error, which
-            enters the gradient and not the value; it is in the param store as ``"baseline"``, and `fit` trains it
-            with the guide. The gradient of the pair is unbiased whatever it returns.
+            enters the gradient and not the value; it is in the param store as ``"ImportanceWeightedELBO.baseline"``,
+            and `fit` trains it with the guide. The gradient of the pair is unbiased whatever it returns.
         data_plate: the plate that holds the data, ``"auto"`` to find it. A latent outside of it leaves no bound per
             datum. None takes one joint weight of all data then, :math:`\log \frac1K \sum_k \prod_n w_{kn}`: a bound on
             the log-density of all data together, which a subsample of them cannot bound (by Jensen's inequality a
@@ -177,19 +183,23 @@ class ImportanceWeightedELBO(ELBO):
         proposal = estimator(setting.plan, guide, setting.batch(args), check=not setting.checked)
         table = weight_table(setting.plan, model, proposal, self.num_bounds * self.num_particles).total
         log_weights = table.unflatten(0, (self.num_bounds, self.num_particles))  # (M, K, N)
-        if self.baseline is not None and torch.is_grad_enabled():
+        if self.baseline is not None and isinstance(proposal, Reinforce):
             proposal.level = _level(self.baseline, args[0][chosen[0]] if chosen else args[0], table.shape[1])
         setting.checked |= torch.is_grad_enabled()
         return -setting.scale * proposal.bound(log_weights).sum()
 
     def _setting(self, model: Model, guide: Guide, args: Any, kwargs: Any) -> Setting:
-        """What there is to know of a pair on arguments of these shapes; found out once."""
+        """What there is to know of a pair in this mode on arguments like these; found out once."""
         if self._pair != (model, guide):
             self._pair, self._settings = (model, guide), {}
-        key = signature(args, kwargs)
+        key = signature(args, kwargs), modes(model, guide)
         if key not in self._settings:
             self._settings[key] = look(model, guide, args, kwargs, self.data_plate, self.vectorize_particles)
         return self._settings[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be pickled: without the pair, which may be made of local functions, and what is known of it."""
+        return {**vars(self), "_pair": None, "_settings": {}}
 
     def _get_trace(self, model: Model, guide: Guide, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("the bound is made of tables of log-weights, not of one trace")
@@ -203,10 +213,10 @@ def _level(baseline: torch.nn.Module, x: torch.Tensor, num_data: int) -> torch.T
     """b(x), ``(N,)``, of a baseline that is put where `SVI` looks for parameters."""
     held = current_params()
     for name, param in baseline.named_parameters():
-        full_name = param_with_module_name("baseline", name)
+        full_name = param_with_module_name(BASELINE, name)
         if full_name in held and held[full_name][0] is not param:
             del pyro.get_param_store()[full_name]  # another baseline's, which would be trained in the place of this one
-    pyro.module("baseline", baseline)
+    pyro.module(BASELINE, baseline)
     level = torch.as_tensor(baseline(x))
     if level.shape not in ((num_data,), (num_data, 1)):
         cure = "Return one number per datum: the bound that is expected for it, in nats."

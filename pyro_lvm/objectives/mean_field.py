@@ -16,7 +16,8 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro_lvm._checks import data_tensor, refuse
 from pyro_lvm._typing import Guide, Model, TensorLike
 from pyro_lvm.errors import SiteError
-from pyro_lvm.objectives.kl import closed_forms, family
+from pyro_lvm.objectives.closed_form_kl import closed_forms, family
+from pyro_lvm.objectives.setting import needs_score
 from pyro_lvm.table import TextTable
 from pyro_lvm.tracing.batch import Batch, make_batch
 from pyro_lvm.tracing.intercept import Site, Trace, is_latent, is_unobserved
@@ -136,7 +137,7 @@ def uses_mean_field(loss: Any) -> bool:
 
 def _look(model: Model, guide: Guide, pair: Run) -> AnalyticKL:
     latents = _shared_latents(pair.model, pair.guide)
-    needing_score = [n for n in latents if _needs_score(pair.guide[n])]
+    needing_score = [n for n in latents if needs_score(pair.guide[n])]
     with validation(False), torch.no_grad():
         found = closed_forms(model, guide, pair, latents)
     auxiliary = any(is_latent(site) and site["infer"].get("is_auxiliary") for site in pair.guide.values())
@@ -152,17 +153,12 @@ def _look(model: Model, guide: Guide, pair: Run) -> AnalyticKL:
 
 def _shared_latents(model: Trace, guide: Trace) -> list[str]:
     """The latents of the model, all of which the guide has to sample, and no other."""
-    latents = [n for n, s in model.items() if is_latent(s) and not is_unobserved(n)]
+    latents = [n for n, s in model.items() if is_latent(s) and not (is_unobserved(n) and n not in guide)]
     sampled = [n for n, s in guide.items() if is_latent(s) and not s["infer"].get("is_auxiliary")]
     if set(latents) != set(sampled):
         cure = "TraceMeanField_ELBO enumerates nothing: sample the same latents in both, or pass another loss."
         raise SiteError(refuse("guide", f"the latent sites {latents} of the model", sampled, cure))
     return latents
-
-
-def _needs_score(site: Site) -> bool:
-    """Whether draws depend on a parameter, and their gradient does not know."""
-    return not site["fn"].has_rsample and bool(site["fn"].log_prob(site["value"].detach()).requires_grad)
 
 
 def _score_fault(name: str, guide: Site) -> str:

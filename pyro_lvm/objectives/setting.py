@@ -14,10 +14,11 @@ from pyro_lvm.errors import PlateError, SiteError
 from pyro_lvm.tracing.batch import Batch, make_batch
 from pyro_lvm.tracing.intercept import Site, Trace, indexed, is_latent, is_observed
 from pyro_lvm.tracing.isolation import eval_mode
+from pyro_lvm.tracing.params import anchor
 from pyro_lvm.tracing.plates import common_plates
 from pyro_lvm.tracing.probe import Plan, probe_pair, run_or_explain
 
-__all__ = ["Setting", "look", "needs_score", "own_subsample", "scale_of", "signature"]
+__all__ = ["Setting", "look", "modes", "needs_score", "own_subsample", "scale_of", "signature"]
 
 
 @dataclass
@@ -66,9 +67,15 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def of(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.shape, value.dtype, value.device
-        return value if isinstance(value, bool | int | str) else type(value)
+        return (type(value), value) if isinstance(value, bool | int | float | str) else type(value)
 
     return tuple(map(of, args)), tuple((name, of(value)) for name, value in sorted(kwargs.items()))
+
+
+def modes(model: Model, guide: Guide) -> tuple[bool, ...]:
+    """Whether each module behind the pair is in training mode: dropout gives a guide another density at each run."""
+    owners = [owner for owner in map(anchor, (model, guide)) if isinstance(owner, torch.nn.Module)]
+    return tuple(part.training for owner in owners for part in owner.modules())
 
 
 def look(

@@ -11,8 +11,8 @@ from torch.distributions import kl_divergence
 
 from pyro_lvm._checks import check_positive_int, data_tensor
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike
+from pyro_lvm.objectives.closed_form_kl import closed_forms, family
 from pyro_lvm.objectives.dependence import parents
-from pyro_lvm.objectives.kl import closed_forms, family, mask_of
 from pyro_lvm.objectives.usage_record import LatentSite, LatentUsage
 from pyro_lvm.ops.running import RunningMoments
 from pyro_lvm.tracing.batch import make_batch
@@ -28,7 +28,7 @@ from pyro_lvm.tracing.intercept import (
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.plates import find_guide_plate, find_plate
 from pyro_lvm.tracing.probe import Run, empty_guide, run_or_explain, run_pair
-from pyro_lvm.tracing.sites import is_delta
+from pyro_lvm.tracing.sites import is_delta, mask_of
 from pyro_lvm.tracing.weights import evaluation
 
 __all__ = ["latent_usage"]
@@ -60,7 +60,7 @@ def latent_usage(
         guide: variational program q(z | x).
         x: data ``(N, ...)``.
         *args: further arguments of both.
-        num_particles: K, draws of all latents; not used where all is exact in one run.
+        num_particles: K, draws of all latents, 2 or more; not used where all is exact in one run.
         data_plate: the plate that holds the data, ``"auto"`` to find it; None for one joint result.
         seed: forks the global random state; None draws from it.
 
@@ -69,6 +69,7 @@ def latent_usage(
 
     Raises:
         PlateError: no single plate holds the data.
+        ShapeError: ``num_particles`` is less than 2.
         SiteError: the model observes nothing.
 
     Source: Burda et al. (2016), Importance Weighted Autoencoders, on active units.
@@ -88,7 +89,7 @@ def latent_usage(
         z             1 of 2        0.5           0 to 0.5  analytic
         2 data, exact in one run; KL: mean over the data; active: variance of E_q[z] over 0.01
     """
-    num_particles = check_positive_int("num_particles", num_particles)
+    num_particles = check_positive_int("num_particles", num_particles, minimum=2)  # one has no variance
     batch = make_batch(data_tensor("x", x), args)
     guide = guide or empty_guide
     devices = [batch.args[0].device]

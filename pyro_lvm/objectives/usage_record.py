@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from pyro_lvm._checks import refuse
+from pyro_lvm.errors import SiteError
 from pyro_lvm.table import TextTable
 
 __all__ = ["LatentSite", "LatentUsage"]
@@ -66,7 +68,10 @@ class LatentUsage:
     summed_out: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LatentSite:
-        return next(site for site in self.sites if site.name == name)
+        sites = {site.name: site for site in self.sites}
+        if name not in sites:
+            raise SiteError(refuse("name", f"one of the latents {list(sites)}", repr(name), "Pass one of these."))
+        return sites[name]
 
     def __str__(self) -> str:
         header = ("latent", "active units", "KL (nats)", "KL of a dimension", "KL by")

@@ -44,6 +44,7 @@ _PARAM = re.compile(
     r"Inside pyro\.plate\((?P<plate>.+), (?P<size>\d+), dim=\S+\) invalid shape of "
     r"pyro\.param\((?P<param>.+), \.\.\., event_dim=\d+\): torch\.Size\(\[(?P<shape>.*)\]\)"
 )
+_OUTSIDE = "to be within the support"
 _CURE = (
     "Parameters for each datum: pass batch_size=len(x) (all data in each step), to a guide made anew if this one is an "
     "AutoGuide, for it has taken the size of a batch for good. Or make the guide a function of the data."
@@ -133,6 +134,10 @@ def explained(
         with torch.no_grad(), suppress(Exception):  # the message must stand on a run of the pair that can be had again
             trace = run_pair(model, guide, make_batch(batch[0], batch[1:])).model
             return _explained_score(trace, found["site"], found["reason"], len(batch[0]))
+    if _OUTSIDE in str(error):  # from a loss without Pyro's traces, torch's own words, which name no site
+        with torch.no_grad(), suppress(Exception):
+            trace = run_pair(model, guide, make_batch(batch[0], batch[1:])).model
+            return _explained_score(trace, next(iter(outside_data(trace))), str(error), len(batch[0]))
     return None
 
 
@@ -153,7 +158,7 @@ def _explained_score(trace: Trace, name: str, reason: str, num_data: int) -> Pyr
     if not is_observed(site):
         return None
     fn, value, argument = site["fn"], site["value"], f"observed site {name!r}"
-    if "to be within the support" in reason and name in outside_data(trace):
+    if _OUTSIDE in reason and name in outside_data(trace):
         constraint = element_constraint(fn.support)
         cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         outside = value[~constraint.check(value)].flatten()

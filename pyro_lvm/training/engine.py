@@ -18,6 +18,7 @@ from pyro.params import param_with_module_name
 from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError
+from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
 from pyro_lvm.tracing.isolation import eval_mode, validation
 from pyro_lvm.tracing.params import anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
@@ -206,9 +207,9 @@ class Engine:
 
 def _baseline_names(loss: Any) -> list[str]:
     """Parameters of a baseline that a loss trains for the guide, and with it."""
-    baseline = getattr(loss, "baseline", None)
-    module = baseline if isinstance(baseline, torch.nn.Module) else torch.nn.Module()
-    return [param_with_module_name("baseline", name) for name, _ in module.named_parameters()]
+    baseline = loss.baseline if isinstance(loss, ImportanceWeightedELBO) else None
+    module = torch.nn.Module() if baseline is None else baseline
+    return [param_with_module_name(BASELINE, name) for name, _ in module.named_parameters()]
 
 
 def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:

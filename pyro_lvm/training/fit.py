@@ -16,6 +16,7 @@ from torch.distributions import transform_to
 from pyro_lvm._checks import check_positive_int, refuse, warn_caller
 from pyro_lvm._typing import Data, Guide, Model
 from pyro_lvm.errors import DataTypeError
+from pyro_lvm.objectives.default import check_loss
 from pyro_lvm.tracing.isolation import forked_rng
 from pyro_lvm.tracing.params import Fitted, Params, anchor, training_store
 from pyro_lvm.tracing.probe import empty_guide, note_dtypes
@@ -68,7 +69,8 @@ def fit(
         loss: a Pyro loss object, or a function ``loss(model, guide, *args)``. None is ``Trace_ELBO``; where the guide
             lacks a discrete latent, or marks one, it is ``TraceEnum_ELBO``, which enumerates; without a guide, where
             Pyro cannot enumerate, it is the model's own exact ``log_prob``. A ``TraceMeanField_ELBO`` is checked by
-            `objectives.analytic_kl` first, and ``FitResult.notes`` names the latents without a closed form.
+            `objectives.analytic_kl` first, and ``FitResult.notes`` names the latents without a closed form. They name
+            too the discrete latents that the guide lacks and a ``Trace_ELBO`` draws from the prior, a looser bound.
         optim: a function of the list of parameters that returns one torch optimizer for all, or a Pyro optimizer. None
             is Adam with learning rate 1e-3.
         num_epochs: passes over the data; give this or ``num_steps``.
@@ -181,9 +183,7 @@ def _check_options(model: Any, guide: Any, loss: Any, optim: Any, update: Any, p
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program) or isinstance(program, type):
             raise DataTypeError(refuse(name, "a callable", repr(program), "Pass a function or a module instance."))
-    if loss is not None and (not callable(loss) or isinstance(loss, type)):
-        cure = "Pass e.g. pyro.infer.Trace_ELBO(), or a function loss(model, guide, *args)."
-        raise DataTypeError(refuse("loss", "a loss object or function", repr(loss), cure))
+    check_loss(loss)
     if optim is not None and (isinstance(optim, torch.optim.Optimizer) or not callable(optim)):
         cure = (
             "Pass a function such as `lambda params: torch.optim.Adam(params, lr=1e-3)`, or e.g. pyro.optim.Adam({})."

@@ -10,21 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer import config_enumerate
+from pyro.infer import Trace_ELBO
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, SiteError
-from pyro_lvm.objectives.default import default_loss
+from pyro_lvm.objectives.annealing import KLAnnealing
+from pyro_lvm.objectives.default import model_and_loss
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
-from pyro_lvm.tracing.intercept import (
-    Trace,
-    is_latent,
-    is_observed,
-    is_unobserved,
-    run,
-    scaled_plate,
-    without,
-)
+from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, is_unobserved, run, scaled_plate
 from pyro_lvm.tracing.isolation import eval_mode
 from pyro_lvm.tracing.questions import batch_plate
 from pyro_lvm.training.diagnosis import check_follows_batches, outside_sites
@@ -92,14 +85,10 @@ def make_objective(
     frozen = {"model": "guide", "guide": "model"}.get(update)
     if frozen and not _is_messenger(programs[frozen]):
         programs[frozen] = _in_eval_mode(programs[frozen])
-    unobserved = [n for n, s in model_trace.items() if is_latent(s) and n not in guide_trace and is_unobserved(n)]
-    if unobserved:  # the half of an obs_mask that is not there: drawn from the model, it cancels
-        programs["model"] = without(programs["model"], unobserved)
-        model_trace = {n: s for n, s in model_trace.items() if n not in unobserved}
-    if loss is None:
-        loss, enumerate_model = default_loss(model, model_trace, guide_trace)
-        programs["model"] = config_enumerate(programs["model"]) if enumerate_model else programs["model"]
-    notes = _mean_field_notes(programs["model"], programs["guide"], batch) if uses_mean_field(loss) else ()
+    programs["model"], loss = model_and_loss(programs["model"], model, model_trace, guide_trace, loss)
+    notes = _drawn_notes(model_trace, guide_trace, loss)
+    if uses_mean_field(loss):
+        notes += _mean_field_notes(programs["model"], programs["guide"], batch)
     return Objective(programs["model"], programs["guide"], loss, total, outside_sites(model_trace), notes)
 
 
@@ -110,6 +99,20 @@ def _mean_field_notes(model: Program, guide: Program, batch: Args) -> tuple[str,
     if not sampled:
         return ()
     return (f"TraceMeanField_ELBO takes the KL term from one draw, not in closed form, at {', '.join(sampled)}",)
+
+
+def _drawn_notes(model: Trace, guide: Trace, loss: Any) -> tuple[str, ...]:
+    """Say which discrete latents a loss draws from the prior, because the guide lacks them."""
+    loss = loss.wrapped if isinstance(loss, KLAnnealing) else loss
+    lacking = [n for n, s in model.items() if is_latent(s) and n not in guide and not is_unobserved(n)]
+    drawn = [n for n in lacking if getattr(model[n]["fn"], "has_enumerate_support", False)]
+    if not (drawn and isinstance(loss, Trace_ELBO)):
+        return ()
+    return (
+        f"the guide lacks the discrete latents {drawn}, which {type(loss).__name__} draws from the model's prior: its "
+        "bound is looser than with these summed out. loss=None sums them out, as does TraceEnum_ELBO of a model under "
+        "config_enumerate; for KLAnnealing sample them in the guide",
+    )
 
 
 def _check_no_surplus(model: Trace, guide: Trace) -> None:

@@ -228,6 +228,11 @@ def test_wrong_layers_are_refused(make: Any) -> None:
         make([2], nn.Linear(D, 4))
     with pytest.raises(DataTypeError, match="latent_dims: expected an integer, got 'two'"):
         make([2, "two"], nn.Linear(D, 4))
+    for dims in (3, torch.tensor([3, 2])):
+        with pytest.raises(DataTypeError, match="latent_dims: expected a list of integers, got"):
+            make(dims, nn.Linear(D, 4))
+        with pytest.raises(DataTypeError, match="latent_dims: expected a list of integers, got"):
+            HierarchicalGaussian(nn.Linear(3, D), dims)
 
 
 def test_wrong_encoders_are_refused() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import pyro_lvm
 from pyro_lvm import guides
-from pyro_lvm.errors import PlateError, ShapeError, SiteError
+from pyro_lvm.errors import DataTypeError, PlateError, ShapeError, SiteError
 from pyro_lvm.guides import log_prob
 from pyro_lvm.models import HierarchicalGaussian, LinearGaussian
 from pyro_lvm.nn import MLP
@@ -197,3 +197,14 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(PlateError, match=r"got \[\]. Name it with data_plate="):
         log_prob(bare, {"z": z}, x)
     torch.testing.assert_close(log_prob(bare, {"z": z}, x, data_plate=None), torch.tensor([-7.3515]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [[torch.zeros(N, 2)], torch.zeros(N, 2), {"z": [[0.0, 0.0]] * N}])
+def test_values_of_the_wrong_kind_are_named(values: Any) -> None:
+    with pytest.raises(DataTypeError, match=r"values.*: expected a (mapping|tensor or an array), got (list|Tensor)"):
+        log_prob(guides.DiagonalNormal(2, shared=True), values, torch.zeros(N, D))
+
+
+def test_arrays_are_taken() -> None:
+    guide, x, z = guides.DiagonalNormal(2, shared=True), torch.zeros(N, D), torch.randn(K, N, 2)
+    torch.testing.assert_close(log_prob(guide, {"z": z.numpy()}, x), log_prob(guide, {"z": z}, x), rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """KL terms with a weight: values and gradients, closed forms and enumeration; schedules; what stays the same."""
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ from pyro_lvm.errors import DataTypeError, ShapeError, SiteError
 from pyro_lvm.nn import MLP
 from pyro_lvm.objectives import FreeBits, ImportanceWeightedELBO, KLAnnealing, warm_up
 from tests.objectives.test_weighted_bound_as_a_loss import learned_guide, subsampled
-from tests.references import MEANS, SIGMA, WEIGHTS, data, normal_model
+from tests.references import ENUMERATED, MEANS, SIGMA, WEIGHTS, data, normal_model
 
 N = 6
 X = data(N)
@@ -357,3 +358,20 @@ def test_other_refusals() -> None:
 
     with pytest.raises(RuntimeError):  # what the user's own code raises passes as it is
         KLAnnealing(0.5).loss(normal_model, wrong, X.float())
+
+
+def test_a_schedule_can_be_pickled() -> None:
+    loss = KLAnnealing(warm_up(4, start=0.2))
+    loss.step = 2
+    assert pickle.loads(pickle.dumps(loss)).beta == loss.beta == pytest.approx(0.6)
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")  # of Pyro, where it validates
+@pytest.mark.parametrize("loss", [KLAnnealing(0.5), Trace_ELBO()])
+def test_a_discrete_latent_that_is_drawn_from_the_prior_is_noted(loss: Any, caplog: Any) -> None:
+    pair = ENUMERATED["mixture"](4)
+    model = lambda x: pair.model(x + pyro.param("shift", torch.tensor(0.0).double()))  # noqa: E731
+    result = lvm.fit(model, None, pair.x, loss=loss, num_steps=1)
+    assert "the guide lacks the discrete latents ['c'], which Trace" in result.notes[0]
+    assert "draws from the model's prior" in caplog.text
+    assert lvm.fit(model, None, pair.x, num_steps=1).notes == ()

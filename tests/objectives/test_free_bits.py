@@ -16,8 +16,9 @@ from torch import nn
 import pyro_lvm as lvm
 from pyro_lvm.errors import DataTypeError, PlateError, SiteError
 from pyro_lvm.nn import MLP
-from pyro_lvm.objectives import FreeBits, KLAnnealing
+from pyro_lvm.objectives import FreeBits, KLAnnealing, analytic_kl
 from tests.objectives.test_importance_weighted import chain_guide, chain_model
+from tests.objectives.test_mean_field import Shifted
 from tests.references import ORACLES, SIGMA, data, normal_model
 
 N, L = 5, 3
@@ -287,3 +288,48 @@ def test_refusals() -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(len(x), -1))
 
     refused(PlateError, "data plate: expected one, got 2 candidates", two_plates, poutine.block(two_plates, hide=["x"]))
+
+
+@pytest.mark.parametrize("options", [{"num_particles": 2.0}, {"vectorize_particles": 1}])
+def test_wrong_options(options: dict[str, Any]) -> None:
+    with pytest.raises(DataTypeError, match=f"{next(iter(options))}: expected"):
+        FreeBits(0.1, **options)
+    with pytest.raises(lvm.ShapeError, match="num_particles: expected 1 or more"):
+        FreeBits(0.1, num_particles=0)
+
+
+def test_no_floor_does_not_clamp_and_a_closed_form_of_a_base_class_is_not_taken() -> None:
+    """A family that inherits a KL which is not its own: log q - log p at the draws, negative for some of them."""
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Shifted(x / 2, 0.7))
+
+    values = []
+    for seed in range(20):
+        for objective in (FreeBits(0.0), Trace_ELBO()):
+            pyro.set_rng_seed(seed)
+            values.append(objective.loss(normal_model, guide, data(1)))
+    assert values[::2] == pytest.approx(values[1::2], rel=1e-10)
+
+
+def test_a_guide_may_sample_what_is_missing() -> None:
+    def masked(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, SIGMA), obs=x, obs_mask=x > 0)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(gain * x, 0.5))
+            with poutine.mask(mask=x <= 0):
+                pyro.sample("x_unobserved", dist.Normal(z, SIGMA))  # as in the model: its KL is zero at any draw
+
+    gain = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert (data(N) < 0).any()
+    assert analytic_kl(masked, guide, data(N)).faults == ()
+    losses = []
+    for objective in (FreeBits(0.0), TraceMeanField_ELBO()):
+        pyro.set_rng_seed(0)
+        losses.append(objective.loss_and_grads(masked, guide, data(N)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)

@@ -97,7 +97,7 @@ def test_a_guide_of_pyro_on_a_positive_latent() -> None:
         observe(pyro.sample("z", dist.HalfNormal(torch.tensor(1.0).double())), x)
 
     guide = autoguide.AutoNormal(model)
-    with pytest.raises(lvm.SiteError, match="a Delta whose log_density it leaves out"):
+    with pytest.raises(lvm.SiteError, match="a Delta whose log_density it leaves out. Pass loss=Trace_ELBO"):
         lvm.fit(model, guide, X, num_steps=2, loss=TraceMeanField_ELBO())
     values = []
     for loss in (Trace_ELBO(), TraceMeanField_ELBO()):

@@ -1,7 +1,7 @@
 """Gradients from scores: REINFORCE with a baseline that learns, and the wake phase of reweighted wake-sleep."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -14,6 +14,7 @@ from torch import nn
 import pyro_lvm as lvm
 from pyro_lvm.errors import ShapeError
 from pyro_lvm.objectives import ImportanceWeightedELBO
+from pyro_lvm.objectives.estimators import Vimco
 from tests.objectives.test_gradient_estimators import PHI, ROWS, THETA, X, log_weight, rows, switch_pair
 from tests.objectives.test_importance_weighted import K, N, rough_guide
 from tests.objectives.test_many_bounds import expected_bound
@@ -169,7 +170,7 @@ def test_a_users_own_svi_trains_pair_and_baseline() -> None:
         svi.step(x)
     assert gap(net, x) < 0.05
     assert error_of(baseline, net, x) < 0.1 < 0.5 < before
-    assert "baseline$$$linear.weight" in pyro.get_param_store()
+    assert "ImportanceWeightedELBO.baseline$$$linear.weight" in pyro.get_param_store()
 
 
 def test_fit_trains_each_baseline_of_two_runs() -> None:
@@ -276,3 +277,39 @@ def test_wake_sleep_learns_the_posterior_and_covers_it() -> None:
     assert gap(net, x) < 0.05
     log_px = float((dist.Normal(MEANS, SIGMA).log_prob(x[:, None]) + WEIGHTS.log()).logsumexp(-1).sum())
     assert sum(losses[-50:]) / 50 == pytest.approx(-log_px, rel=0.01)  # the value is the bound
+
+
+# ---------------------------------------------------------------- weights of zero
+
+
+def some_excluded(x: torch.Tensor) -> None:
+    """The component, of which the first is impossible."""
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(WEIGHTS))
+        pyro.factor("possible", torch.where(c == 0, -torch.inf, 0.0).double())
+        pyro.sample("x", dist.Normal(MEANS[c], SIGMA), obs=x)
+
+
+def test_vimco_of_weights_that_are_zero() -> None:
+    """Against the formula, one draw after the other; log K where nothing is there to compare a draw with."""
+    log_weights = torch.tensor([[0.3, -1.0, -torch.inf], [0.5, -torch.inf, -torch.inf], [-2.0, 0.1, 0.7]]).double()
+    got = Vimco.factors(cast(Vimco, None), log_weights.mT[None])[0]  # (K, N)
+    for n, row in enumerate(log_weights):
+        for k in range(3):
+            rest = torch.cat([row[:k], row[k + 1 :]])
+            without = torch.cat([rest, rest.mean()[None]]).logsumexp(0)
+            want = math.log(3) if bool(rest.isneginf().all()) else row.logsumexp(0) - without - row.softmax(0)[k]
+            assert float(got[k, n]) == pytest.approx(float(want), abs=1e-12)
+
+
+def test_vimco_learns_to_leave_out_what_is_excluded() -> None:
+    torch.manual_seed(0)
+    x = data(20)
+    logits = torch.zeros(20, 3).double().requires_grad_()
+    objective, optimizer = ImportanceWeightedELBO(10, "vimco"), torch.optim.Adam([logits], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        objective.loss_and_grads(some_excluded, switch_pair(logits)[1], x)
+        assert bool(logits.grad.isfinite().all())
+        optimizer.step()
+    assert float(logits.softmax(-1)[:, 0].detach().mean()) < 0.1  # from 1/3

@@ -273,3 +273,11 @@ def test_it_prints() -> None:
     assert lines[2].split()[:5] == ["z2", "1", "of", "1", "2.026"]  # (10.25 / 3 + 0.25 - 1) / 2 + log 2
     assert lines[4].startswith("3 data, 5 draws each")
     assert "exact in one run" in str(latent_usage(prior_model(STANDARD), diagonal, X))
+
+
+def test_one_draw_and_unknown_latents_are_refused() -> None:
+    with pytest.raises(lvm.ShapeError, match="num_particles: expected 2 or more, got 1"):
+        latent_usage(*layers(1.0), X, num_particles=1)
+    usage = latent_usage(*layers(1.0), X, num_particles=2, seed=0)
+    with pytest.raises(lvm.SiteError, match=r"name: expected one of the latents \['z2', 'z'\], got 'w'"):
+        usage["w"]

@@ -9,17 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.infer import config_enumerate
 
 from pyro_lvm._checks import check_positive_int, data_tensor, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike
 from pyro_lvm.errors import ParameterError
-from pyro_lvm.objectives.default import default_loss
+from pyro_lvm.objectives.default import check_loss, model_and_loss
 from pyro_lvm.objectives.snr_record import GradientGroup, GradientSNR, Part
 from pyro_lvm.objectives.usage import latent_usage
 from pyro_lvm.ops.running import RunningMoments
 from pyro_lvm.tracing.batch import Batch, make_batch
-from pyro_lvm.tracing.intercept import is_latent, is_unobserved, without
 from pyro_lvm.tracing.isolation import evaluation_rng
 from pyro_lvm.tracing.params import current_params, module_parameters
 from pyro_lvm.tracing.probe import empty_guide, run_pair
@@ -68,7 +66,7 @@ def gradient_snr(
         *args: further arguments of both.
         loss: any loss that `fit` takes; None is what `fit` takes for None.
         num_repeats: R, gradients; 2 or more.
-        num_particles: draws for `latent_usage`, not for the loss.
+        num_particles: draws for `latent_usage`, 2 or more, not for the loss.
         data_plate: the plate that holds the data, for `latent_usage`.
         seed: forks the global random state; None draws from it.
 
@@ -76,6 +74,8 @@ def gradient_snr(
         `GradientSNR`.
 
     Raises:
+        DataTypeError: ``loss`` is a class, or cannot be called.
+        ShapeError: ``num_repeats`` or ``num_particles`` is less than 2.
         ParameterError: neither model nor guide has a parameter with a gradient.
         PlateError, SiteError: see `latent_usage`, and what the loss raises.
 
@@ -97,7 +97,9 @@ def gradient_snr(
         >>> print(f"{result.guide.snr:.1f}")  # of 2 z - 4, z ~ N(0, 1)
         2.0
     """
+    check_loss(loss)
     num_repeats = check_positive_int("num_repeats", num_repeats, minimum=2)
+    num_particles = check_positive_int("num_particles", num_particles, minimum=2)
     batch = make_batch(data_tensor("x", x), args)
     guide = guide or empty_guide
     devices = [batch.args[0].device]
@@ -131,13 +133,8 @@ def _program_and_loss(model: Model, guide: Guide, batch: Batch, loss: Any) -> tu
     """The model as the loss sees it, and a copy of the loss."""
     with torch.no_grad():
         pair = run_pair(model, guide, batch)
-    unobserved = [n for n, s in pair.model.items() if is_latent(s) and n not in pair.guide and is_unobserved(n)]
-    program = without(model, unobserved) if unobserved else model
-    if loss is not None:
-        return program, copy.copy(loss)
-    seen = {n: s for n, s in pair.model.items() if n not in unobserved}
-    objective, enumerate_model = default_loss(model, seen, pair.guide)
-    return config_enumerate(program) if enumerate_model else program, objective
+    program, objective = model_and_loss(model, model, pair.model, pair.guide, loss)
+    return program, copy.copy(objective)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from pyro_lvm.objectives.dependence import descendants, parents
 from pyro_lvm.tracing.intercept import Site, Values, base_distribution, is_latent, run
 from pyro_lvm.tracing.isolation import evaluation_rng
 from pyro_lvm.tracing.probe import Run
-from pyro_lvm.tracing.sites import has_log_density, is_delta
+from pyro_lvm.tracing.sites import has_log_density, is_delta, mask_of
 
-__all__ = ["closed_forms", "family", "mask_of"]
+__all__ = ["closed_forms", "family", "not_its_own"]
 
 _TRACE = "or pass loss=Trace_ELBO()."
 
@@ -33,13 +33,6 @@ def closed_forms(model: Model, guide: Guide, pair: Run, names: list[str]) -> dic
 def family(fn: Any) -> str:
     """The name of a distribution under ``to_event``, ``expand`` and ``mask``."""
     return type(base_distribution(fn)).__name__
-
-
-def mask_of(site: Site) -> torch.Tensor:
-    """The mask of a site together with that of its distribution."""
-    mask = torch.as_tensor(True if site["mask"] is None else site["mask"])
-    inner = getattr(site["fn"], "_mask", None)
-    return mask if inner is None else mask & torch.as_tensor(inner)
 
 
 def _closed_form(guide: Site, model: Site) -> torch.Tensor | None:
@@ -67,8 +60,9 @@ def _fault(name: str, kl: torch.Tensor, pair: Run, feeding: set[str]) -> str:
             cure = f"TraceMeanField_ELBO takes the guide's for both: give both programs the same {word}, {_TRACE}"
             got = f"{_in_words(theirs)} in the model and {_in_words(mine)} in the guide"
             return refuse(site, f"one {word} in model and guide", got, cure)
-    if wrong := _not_its_own(fn, model["fn"]):
-        cure = f"Register one with torch.distributions.register_kl, {_TRACE}"
+    if wrong := not_its_own(fn, model["fn"]):
+        register = f"Register one with torch.distributions.register_kl, {_TRACE}"
+        cure = "Pass loss=Trace_ELBO()." if is_delta(guide) else register
         return refuse(site, "the KL of its own distributions", wrong, cure)
     return ""
 
@@ -87,7 +81,7 @@ def _in_words(factor: torch.Tensor) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{len(values)} values, mean {float(factor.double().mean()):.3g}"
 
 
-def _not_its_own(q: Any, p: Any) -> str:
+def not_its_own(q: Any, p: Any) -> str:
     """Why the closed form that torch finds for two distributions is that of others; empty if it is not."""
     q, p = base_distribution(q), base_distribution(p)
     if is_delta({"fn": q}):
@@ -99,7 +93,7 @@ def _not_its_own(q: Any, p: Any) -> str:
         symmetric = any(isinstance(q, half) and isinstance(p, half) for half in (HalfNormal, HalfCauchy))
         if not symmetric and not all(t.bijective for t in q.transforms):
             return f"that of the {family(q.base_dist)} under transforms that are not one-to-one"
-        return _not_its_own(q.base_dist, p.base_dist)
+        return not_its_own(q.base_dist, p.base_dist)
     return ""
 
 

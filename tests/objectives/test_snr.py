@@ -221,6 +221,13 @@ def test_a_pair_without_parameters_is_refused() -> None:
         gradient_snr(model, fixed, X, num_repeats=1)
 
 
+@pytest.mark.parametrize("loss", [Trace_ELBO, "elbo"])
+def test_a_loss_of_the_wrong_kind_is_refused_as_in_fit(loss: Any) -> None:
+    for run in (lambda: gradient_snr(*normal_pair(), X, loss=loss), lambda: lvm.fit(*normal_pair(), X, loss=loss)):
+        with pytest.raises(lvm.DataTypeError, match="loss: expected a loss object or function"):
+            run()
+
+
 def fixed(x: torch.Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
