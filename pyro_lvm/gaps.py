@@ -218,7 +218,7 @@ def inference_gap(
         >>> def guide(x):  # the best family, with the right scale and a bad mean
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(0.0 * x, 0.5**0.5))
-        >>> result = inference_gap(model, guide, torch.tensor([2.0, 0.0]), seed=0)
+        >>> result = inference_gap(model, guide, torch.tensor([2.0, 0.0]), num_steps=100, seed=0)
         >>> (result.approximation.abs() < 1e-3).all(), result.amortization.round(decimals=1)
         (tensor(True), tensor([1., 0.], dtype=torch.float64))
     """
