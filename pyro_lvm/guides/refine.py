@@ -121,7 +121,7 @@ def refine(
 
     Raises:
         SiteError: no parameter can be freed; the message says why, site by site.
-        DataTypeError: an unknown family.
+        DataTypeError: an unknown family, a rate that is not above 0, or a call inside ``torch.inference_mode()``.
         PlateError, SupportError, ParameterError, ShapeError: as in `log_weights`.
 
     Source: Cremer et al. (2018), Section 3; Kim et al. (2018), Semi-Amortized Variational Autoencoders; Roeder et al.

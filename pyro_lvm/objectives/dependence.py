@@ -12,15 +12,14 @@ from pyro_lvm.tracing.sites import is_delta
 
 __all__ = ["descendants", "parents"]
 
-_REDRAWS = 3  # of each latent: one redraw of a discrete latent may be the value that was there
-
 
 def parents(
     program: Callable[..., Any], args: Sequence[Any], values: Values, redraws: Sequence[Values]
 ) -> dict[str, set[str]]:
     """For each latent of a program, those of ``values`` that its parameters change with while all others stay.
 
-    A draw is replaced by others and, if it is continuous, by NaN, which goes through weights that are still zero.
+    A draw is replaced by those of ``redraws``, several, for one of a discrete latent may be the value that was there;
+    and, if it is continuous, by NaN, which goes through weights that are still zero.
     """
     before = _run(program, args, values)
     latents = [name for name, site in before.items() if is_latent(site)]
@@ -50,7 +49,7 @@ def _run(program: Callable[..., Any], args: Sequence[Any], values: Values) -> Tr
 
 
 def _others(value: torch.Tensor, redraws: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [*redraws[:_REDRAWS], *([torch.full_like(value, torch.nan)] if value.is_floating_point() else [])]
+    return [*redraws, *([torch.full_like(value, torch.nan)] if value.is_floating_point() else [])]
 
 
 def _moved(before: Site, after: Site, value: torch.Tensor) -> bool:

@@ -1,6 +1,5 @@
 """TraceMeanField_ELBO in training: sound pairs of the library and of Pyro pass, others are refused before a step."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -14,21 +13,7 @@ import pyro_lvm as lvm
 from pyro_lvm import guides, models
 from pyro_lvm.nn import MLP
 from pyro_lvm.objectives import KLAnnealing, analytic_kl
-
-Program = Callable[..., Any]
-X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-
-
-def in_plate(body: Program) -> Program:
-    def program(x: torch.Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            body(x)
-
-    return program
-
-
-def observe(z: torch.Tensor, x: torch.Tensor) -> None:
-    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+from tests.objectives.test_mean_field import Program, X, in_plate, observe
 
 
 @in_plate
