@@ -48,7 +48,7 @@ def data_tensor(argument: str, value: Any, device: torch.device | str | None = N
     if value.dim() == 0 or value.shape[0] == 0:
         cure = "The first dimension counts the data: pass at least one, e.g. x[None]."
         raise ShapeError(refuse(argument, "shape (N, ...) with N >= 1", tuple(value.shape), cure))
-    if value.is_floating_point() and bool(value.isnan().all()):
+    if value.is_floating_point() and bool(value[0].isnan().all()) and bool(value.isnan().all()):
         raise ShapeError(refuse(argument, "finite numbers", "nothing but NaN", "Check how the data were read."))
     return value if device is None else value.to(device)
 

@@ -109,17 +109,17 @@ class KLAnnealing(ELBO):
 
     def loss(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> float:
         """The loss of all data with the weight of the next update, in nats."""
-        return self._run(self.wrapped.loss, model, guide, args, kwargs)
+        return self._run(self.wrapped.loss, self.beta, model, guide, args, kwargs)
 
     def loss_and_grads(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> float:
         """`loss`, after adding its gradient to the parameters' ``grad``; counts as a step."""
-        value = self._run(self.wrapped.loss_and_grads, model, guide, args, kwargs)
+        value = self._run(self.wrapped.loss_and_grads, self.beta, model, guide, args, kwargs)
         self.step += 1
         return value
 
     def differentiable_loss(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of all data, ``()``, in nats; counts as a step where gradients are on."""
-        value = self._run(self.wrapped.differentiable_loss, model, guide, args, kwargs)
+        value = self._run(self.wrapped.differentiable_loss, self.beta, model, guide, args, kwargs)
         self.step += torch.is_grad_enabled()
         return value
 
@@ -132,12 +132,17 @@ class KLAnnealing(ELBO):
             "elbo, log_marginal and compare are not affected"
         ]
 
-    def _run(self, run: Callable[..., Any], model: Model, guide: Guide, args: Any, kwargs: Any) -> Any:
+    def weighed_loss(self, beta: float | torch.Tensor, model: Model, guide: Guide, *args: Any) -> torch.Tensor:
+        """`differentiable_loss` with a weight that is given; no step is counted."""
+        return self._run(self.wrapped.differentiable_loss, beta, model, guide, args, {})
+
+    def _run(
+        self, run: Callable[..., Any], beta: float | torch.Tensor, model: Model, guide: Guide, args: Any, kwargs: Any
+    ) -> Any:
         if hasattr(guide, "get_traces"):
             cure = "It runs the model itself, out of reach: write the guide as a function."
             raise DataTypeError(refuse("guide", "a guide apart from its model", type(guide).__name__, cure))
-        beta = self.beta
-        if beta != 1.0:
+        if isinstance(beta, torch.Tensor) or beta != 1.0:
             model, guide = weighed_latents(model, guide, beta)
         try:
             return run(model, guide, *args, **kwargs)

@@ -112,7 +112,7 @@ class FreeBits(Trace_ELBO):
 
     def differentiable_loss(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of all data, ``()``, in nats."""
-        num_data = len(data_tensor("x, the first argument", args[0] if args else None))
+        num_data = _num_data(args)
         likelihood = torch.zeros(())
         terms: dict[str, list[tuple[torch.Tensor, float]]] = {}
         for pair in self._get_traces(model, guide, args, kwargs):
@@ -144,6 +144,12 @@ class FreeBits(Trace_ELBO):
             cure = "Write `with pyro.plate(...)`, not `for ... in pyro.plate(...)`."
             raise PlateError(refuse(f"data plate {plate!r}", "a tensor dimension", "a sequential plate", cure))
         return plate
+
+
+def _num_data(args: tuple[Any, ...]) -> int:
+    """N by the first argument, whose values are not looked at."""
+    x = args[0] if args else None
+    return len(x) if isinstance(x, torch.Tensor) and x.dim() else len(data_tensor("x, the first argument", x))
 
 
 def _sites(trace: Any) -> Trace:

@@ -15,7 +15,7 @@ Program = Callable[..., Any]
 class _WeighGuide(Messenger):
     """Multiplies the scale of every site of a guide, and notes the names of its latents."""
 
-    def __init__(self, factor: float, names: set[str]) -> None:
+    def __init__(self, factor: float | torch.Tensor, names: set[str]) -> None:
         super().__init__()
         self.factor, self.names = factor, names
 
@@ -28,7 +28,7 @@ class _WeighGuide(Messenger):
 class _WeighModel(Messenger):
     """Multiplies the scale of the latents of a model that the guide has sampled."""
 
-    def __init__(self, factor: float, names: set[str]) -> None:
+    def __init__(self, factor: float | torch.Tensor, names: set[str]) -> None:
         super().__init__()
         self.factor, self.names = factor, names
 
@@ -49,7 +49,7 @@ class _NoteRows(Messenger):
             self.seen.append(msg["value"])
 
 
-def weighed_latents(model: Program, guide: Program, factor: float) -> tuple[Program, Program]:
+def weighed_latents(model: Program, guide: Program, factor: float | torch.Tensor) -> tuple[Program, Program]:
     """The pair with log p(z) and log q(z | x) multiplied by ``factor``; the guide is to run first.
 
     A latent that the guide lacks is summed out or drawn by the loss: it belongs to the likelihood, which stays.

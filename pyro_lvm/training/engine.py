@@ -1,16 +1,17 @@
-"""The plain engine: Pyro's `SVI`, one step after the other, with callbacks around it."""
+"""The training loop: one step after the other, with callbacks around it."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, SVI, TraceTailAdaptive_ELBO
+from pyro.infer import ELBO
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 from pyro.params import param_with_module_name
@@ -23,9 +24,12 @@ from pyro_lvm.tracing.isolation import eval_mode, validation
 from pyro_lvm.tracing.params import anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches
+from pyro_lvm.training.captured import CapturedStep
 from pyro_lvm.training.diagnosis import explained
+from pyro_lvm.training.ledger import Ledger
 from pyro_lvm.training.objective import Args, Objective, make_objective
 from pyro_lvm.training.optimizers import GuardedOptimizer, MakeOptimizer, clear_gradients, refused_as_nonfinite
+from pyro_lvm.training.plain import Outcome, PlainStep
 from pyro_lvm.training.state import History, TrainingState
 
 __all__ = ["HOOKS", "Engine", "Hooks"]
@@ -36,6 +40,7 @@ logger = logging.getLogger("pyro_lvm")
 HOOKS = ("on_start", "on_step", "on_epoch", "on_end")
 Hooks = dict[str, Callable[[TrainingState], None]]
 
+_SETTLE_EVERY = 100  # steps of which CUDA reports together, where no callback looks at each
 _MAX_STREAK = 10  # steps in a row that are not finite
 _MAX_SHARE = 0.1  # of all steps that are not finite, once there are 100
 
@@ -58,7 +63,8 @@ class Engine:
         self.batch: Args = next(self.stream)[1] or ()
         self.names: tuple[set[str], set[str]] = (set(), set())  # of the model, of the guide
         self.state = TrainingState(model, guide, History())
-        self.skipped = self.streak = 0
+        self.ledger = Ledger(self.state, every=_SETTLE_EVERY if devices and not self._watched() else 1)
+        self.captured: CapturedStep | None = None
         self.objective: Objective
         self.created: dict[str, torch.Tensor] = {}
 
@@ -126,70 +132,85 @@ class Engine:
             known.update(new if name in found[0] | found[1] else {name})
 
     def train(
-        self, optim: MakeOptimizer | PyroOptim, num_epochs: int | None, num_steps: int | None, progress: bool | None
+        self,
+        optim: MakeOptimizer | PyroOptim,
+        num_epochs: int | None,
+        num_steps: int | None,
+        compile: bool,
+        progress: bool | None,
     ) -> float:
         """Step until something says stop; returns the seconds that it took."""
         objective, state = self.objective, self.state
-        has_value = not isinstance(objective.loss, TraceTailAdaptive_ELBO)  # it reports inf, for want of a value
-        guard = GuardedOptimizer(optim, self.trainable, self._start, check_loss=has_value)
+        total = num_steps or (num_epochs or 0) * (self.batches.num_batches or 0)  # 0 if the data do not say
+        guard = GuardedOptimizer(optim, self.trainable, self._start)
         state.params = guard.params
-        svi = SVI(objective.model, objective.guide, guard, objective.loss)
-        svi.loss_and_grads = guard.watch(svi.loss_and_grads)
+        plain = PlainStep(objective, guard)
+        if compile:
+            self.captured = CapturedStep(plain, objective, (self.model, self.guide), total or math.inf)
+        step = self.captured or plain
         if isinstance(objective.loss, ELBO):
             self._forget_initial_values()
         started = time.perf_counter()
         try:
-            with _bar(progress, num_steps or (num_epochs or 0) * (self.batches.num_batches or 0)) as bar:
+            with _bar(progress, total) as bar:
                 for epoch, batch in chain([(1, self.batch)], self.stream):
                     if batch is None:
+                        self._settle(guard)
                         guard.undo_overflow()
                         self._call("on_epoch")
                         self._stop_if(epoch == num_epochs, "num_epochs")
                     if batch is None or state.step == num_steps:
                         self._stop_if(state.step == num_steps, "num_steps")
                     else:
-                        self._step(svi, guard, epoch, batch)
-                        self._note(started)
+                        outcome = self._step(step, guard, epoch, batch)
+                        self.ledger.write(outcome, objective.num_data(batch), epoch, time.perf_counter() - started)
+                        if self.ledger.is_due:
+                            self._settle(guard)
+                        self._call("on_step")
                         bar.update()
                     if state.stop_reason:
                         break
         except KeyboardInterrupt:
             state.stop_reason = "interrupted"
         finally:
+            self._settle(guard)
             guard.undo_overflow()
             self._clear_gradients()
         self._call("on_end")
         return time.perf_counter() - started
 
-    def _step(self, svi: SVI, guard: GuardedOptimizer, epoch: int, batch: Args) -> None:
-        self.batch, state = batch, self.state
+    def _step(self, step: PlainStep | CapturedStep, guard: GuardedOptimizer, epoch: int, batch: Args) -> Outcome:
+        """One update. What the first epoch has validated is not validated again."""
+        self.batch = batch
         try:
-            svi.step(*batch)
+            with nullcontext() if epoch == 1 else validation(False):
+                outcome = step(batch)
         except ValueError as error:
             if not refused_as_nonfinite(error):
                 self._explain(error)
                 raise
             self._clear_gradients()  # of the particles before the one that was refused
             guard.undo_overflow()
-        state.step, state.epoch, state.updated = state.step + 1, epoch, guard.updated
-        state.loss = float(guard.loss) / self.objective.num_data(batch)
-        self.streak = 0 if guard.finite else self.streak + 1
-        self.skipped += not guard.finite
-        if state.step == 1 and self.objective.outside:  # a likelihood that is validated would have raised
+            outcome = Outcome(guard.loss, finite=False, updated=False)
+        if self.state.step == 0 and self.objective.outside:  # a likelihood that is validated would have raised
             logger.warning(
                 "observed sites %s have values outside of their support (grey pixels under a Bernoulli?), where no "
                 "density is: they are trained on as they are, and the evaluators will refuse them",
                 self.objective.outside,
             )
+        return outcome
 
-    def _note(self, started: float) -> None:
-        """Write the row of this step, tell the callbacks, and give up where too little is finite."""
-        state = self.state
-        seconds = time.perf_counter() - started
-        state.history.append({"step": state.step, "epoch": state.epoch, "loss": state.loss, "seconds": seconds})
-        self._call("on_step")
-        self._stop_if(self.streak >= _MAX_STREAK, "nonfinite")
-        self._stop_if(state.step >= 100 and self.skipped > _MAX_SHARE * state.step, "nonfinite")
+    def _settle(self, guard: GuardedOptimizer) -> None:
+        """Read what the steps came to, and give up where too little is finite."""
+        ledger = self.ledger
+        ledger.settle()
+        if ledger.streak:
+            guard.undo_overflow()
+        self._stop_if(ledger.streak >= _MAX_STREAK, "nonfinite")
+        self._stop_if(self.state.step >= 100 and ledger.skipped > _MAX_SHARE * self.state.step, "nonfinite")
+
+    def _watched(self) -> bool:
+        return any("on_step" in hook for hook in self.hooks)
 
     def _stop_if(self, condition: bool, reason: str) -> None:
         if condition:

@@ -5,7 +5,7 @@ happen between gradients and update therefore lives in that call.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -35,6 +35,9 @@ class GuardedOptimizer(PyroOptim):
         loss: total loss of the latest step, a float or a 0-dim tensor.
         finite: whether the latest step's loss and gradients were finite.
         updated: whether the latest step changed the parameters.
+        check_loss: whether a loss that is not finite speaks against a step.
+        keep_gradients: whether to fill `gradients`.
+        gradients: name -> gradient of each parameter that the latest step updated.
     """
 
     def __init__(
@@ -42,15 +45,17 @@ class GuardedOptimizer(PyroOptim):
         optim: MakeOptimizer | PyroOptim,
         trainable: Callable[[str], bool],
         on_start: Callable[[Any], None],
-        check_loss: bool = True,
     ) -> None:
         # PyroOptim's own state, one optimizer per tensor, is what this class replaces
-        self._make, self._trainable, self._on_start, self._check_loss = optim, trainable, on_start, check_loss
+        self._make, self._trainable, self._on_start = optim, trainable, on_start
+        self.check_loss = True
         self.optimizer: Any = None
         self.params: dict[str, torch.Tensor] = {}
         self.loss: Any = math.nan
         self.finite = True
         self.updated = False
+        self.keep_gradients = False
+        self.gradients: dict[str, torch.Tensor] = {}
         self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # (live, its value before the latest update)
 
     def watch(self, loss_and_grads: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,6 +76,8 @@ class GuardedOptimizer(PyroOptim):
         name_of = pyro.get_param_store().param_name
         named = {str(name_of(p)): p for p in params if p.grad is not None}
         chosen = {name: named[name] for name in sorted(named) if self._trainable(name)}  # one order in every process
+        kept = chosen if self.keep_gradients else {}
+        self.gradients = {name: p.grad.clone() for name, p in kept.items() if p.grad is not None}
         self.finite = self._finite(chosen.values())
         if not self.finite:
             self.undo_overflow()
@@ -85,19 +92,30 @@ class GuardedOptimizer(PyroOptim):
         """Decided on the device and read once, as ``torch.amp.GradScaler`` does."""
         tensors = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
         tensors += [live for live, _ in self._before.values()]
-        if self._check_loss:
+        if self.check_loss:
             tensors.append(torch.as_tensor(self.loss))
         flags = [tensor.isfinite().all() for tensor in tensors]
         return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()) if flags else True
 
     def _update(self, chosen: dict[str, torch.Tensor]) -> None:
         self._adopt(chosen)
-        self._before = {name: (p, p.detach().clone()) for name, p in chosen.items()}
+        self.remember(chosen)
         if isinstance(self.optimizer, PyroOptim):
             self.optimizer(list(chosen.values()))
         else:
             self.optimizer.step()
         self.updated = True
+
+    def remember(self, chosen: dict[str, torch.Tensor]) -> None:
+        """Keep the values of parameters for `undo_overflow`."""
+        self._before = {name: (p, p.detach().clone()) for name, p in chosen.items()}
+
+    def update(self, params: Mapping[str, torch.Tensor], gradients: Iterable[torch.Tensor], loss: torch.Tensor) -> None:
+        """Update by gradients that were computed elsewhere."""
+        for param, gradient in zip(params.values(), gradients, strict=True):
+            param.grad = gradient
+        self.loss, self.updated = loss, False
+        self(params.values())
 
     def undo_overflow(self) -> None:
         """Take the latest update back if it made a parameter infinite or NaN, which finite gradients can do."""

@@ -84,6 +84,7 @@ class FitResult:
         seconds: wall time of the training loop.
         stop_reason: ``"num_epochs"``, ``"num_steps"``, ``"interrupted"``, ``"nonfinite"``, or what a callback said.
         skipped: number of steps whose loss or gradient was not finite; they changed no parameter.
+        captured: number of steps that replayed a captured graph, see ``compile`` of `fit`.
         history: one row a step.
         params: name -> constrained value, detached copies, sorted by name.
         model: the model with the parameters that it learned.
@@ -101,6 +102,7 @@ class FitResult:
     model: Fitted
     guide: Fitted
     notes: tuple[str, ...] = ()
+    captured: int = 0
 
     def __repr__(self) -> str:
         finite = self.losses[self.losses.isfinite()]

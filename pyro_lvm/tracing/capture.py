@@ -1,0 +1,290 @@
+"""Capture: what a computation with Pyro programs does to tensors, as one graph without Python.
+
+A replay draws new random numbers, as many as a plain run, and uses the current values of the parameters; it skips what
+Pyro and Python do in between. What is no tensor is frozen: `capture` refuses a computation that looks at values, and
+who replays compares with a plain run now and then.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro.util
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from pyro_lvm.tracing.isolation import validation
+from pyro_lvm.tracing.params import add_to_store, anchor, current_params
+
+__all__ = ["Graph", "NotCapturable", "agree", "capture", "hoisted"]
+
+#: What can be captured: tensors in, tensors out.
+Function = Callable[..., tuple[torch.Tensor, ...]]
+
+_TORCH = str(Path(torch.__file__).parent)
+_LIBRARIES = (str(Path(pyro.__file__).parent), str(Path(__file__).parents[1]))
+
+
+class NotCapturable(Exception):
+    """Why a computation cannot be captured, in a sentence."""
+
+
+class Graph:
+    """A captured function: ``graph(*inputs)`` returns a tuple of tensors, without gradients.
+
+    Attributes:
+        module: the operations; its placeholders are the inputs and then the tensors that are held.
+        held: parameters, buffers and other tensors that the programs refer to; their current values are used.
+        compiled: whether `compile` has fused the operations.
+    """
+
+    def __init__(self, module: GraphModule, held: Sequence[torch.Tensor]) -> None:
+        self.module, self.held = module, tuple(held)
+        self.compiled = False
+        self._run: Function = module
+        self._recording: _Recording | None = None
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Replay."""
+        with torch.no_grad():
+            return self._recording(*inputs) if self._recording else tuple(self._run(*inputs, *self.held))
+
+    def tried(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What a replay would return, and the values of what it would change; nothing is, and no number is drawn."""
+        before = [(tensor, tensor.clone()) for tensor in self._changed()]
+        with torch.random.fork_rng(devices={t.device for t in inputs if t.is_cuda}), torch.no_grad():
+            results = [tensor.clone() for tensor in self(*inputs)]
+            for tensor, value in before:
+                results.append(tensor.clone())
+                tensor.copy_(value)
+        return tuple(results)
+
+    def compile(self, *inputs: torch.Tensor) -> None:
+        """Fuse the operations by Inductor, for inputs like these; the random numbers stay those of a plain run.
+
+        Raises:
+            NotCapturable: there is no compiler, it fails, or its numbers are others; the graph then stays as it is.
+        """
+        expected, as_it_is = self.tried(*inputs), (self._run, self._recording)
+        # Straight to Inductor: torch.compile would look up guards at each call, count recompilations of this module
+        # over the whole process, and switch the validation of distributions off for good.
+        try:
+            with validation(False), torch.no_grad():
+                options: Any = {"fallback_random": True}
+                self._run = torch._inductor.compile(self.module, [*inputs, *self.held], options=options)  # type: ignore[assignment]
+                if self._recording:
+                    self.record(*inputs)
+            got = self.tried(*inputs)
+        except Exception as error:
+            self._run, self._recording = as_it_is
+            raise NotCapturable(f"it could not be compiled: {_first_line(error)}") from error
+        if not agree(expected, got, 1e4, sum(tensor.numel() for tensor in inputs)):
+            self._run, self._recording = as_it_is
+            raise NotCapturable("compiled it gives other numbers")
+        self.compiled = True
+
+    def record(self, *inputs: torch.Tensor) -> None:
+        """Replay as one launch on CUDA from now on; results are overwritten by the next replay."""
+        self._recording = None
+        self.tried(*inputs)  # what the first run allocates is no part of the recording
+        self._recording = _Recording(self, inputs)
+
+    def _changed(self) -> list[torch.Tensor]:
+        """The held tensors that a replay changes: batch statistics."""
+        nodes = self.module.graph.nodes
+        places = [node for node in nodes if node.op == "placeholder"]
+        mutable = [node for node in nodes if _is_operation(node) and _is_mutable(node)]
+        held = zip(places[len(places) - len(self.held) :], self.held, strict=True)
+        return [tensor for node, tensor in held if any(node in other.all_input_nodes for other in mutable)]
+
+
+class _Recording:
+    """A CUDA graph, with the tensors that it reads its inputs from and writes its results to."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = graph(*self.inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.results
+
+
+def agree(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor], factor: float, terms: int) -> bool:
+    """Whether tensors are equal up to the rounding of their sizes and of that many terms of size 1."""
+    size = sum(float(tensor.double().square().sum()) for tensor in expected) ** 0.5
+    distance = sum(float((a - b).double().square().sum()) for a, b in zip(expected, got, strict=True)) ** 0.5
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in expected if tensor.is_floating_point())
+    return distance <= eps * (factor * size + 100 * terms)
+
+
+def capture(function: Function, inputs: Sequence[torch.Tensor], programs: Sequence[Any]) -> Graph:
+    """Run ``function(*inputs)`` once on tensors without values, and write down what it does.
+
+    No random number is drawn, and no parameter, buffer or attribute of the modules behind ``programs`` changes.
+
+    Raises:
+        NotCapturable: it looks at values, uses what has no derivative, or writes to the param store.
+    """
+    before = current_params()
+    try:
+        with _traceable(), _untouched(programs):
+            module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            held = _lift(module)
+    except Exception as error:
+        raise NotCapturable(_reason(error)) from error
+    finally:
+        written = _restore_store(before)
+    if written:
+        raise NotCapturable(f"it writes to the param store, at {written}")
+    return Graph(module, held)
+
+
+def _lift(module: GraphModule) -> list[torch.Tensor]:
+    """Make placeholders of the tensors that the graph holds as attributes, and return these."""
+    held: dict[str, tuple[Node, torch.Tensor]] = {}
+    last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in module.graph.nodes if node.op == "get_attr"]:
+        if node.target not in held:
+            with module.graph.inserting_after(last):
+                last = module.graph.placeholder(f"held_{len(held)}")
+            held[node.target] = last, getattr(module, node.target)
+        node.replace_all_uses_with(held[node.target][0])
+        module.graph.erase_node(node)
+    module.recompile()
+    return [tensor for _, tensor in held.values()]
+
+
+def hoisted(graph: Graph) -> tuple[Graph, Graph]:
+    """Split a graph in two: ``rest(*inputs, *first(*inputs))`` is ``graph(*inputs)``, and only ``rest`` is random.
+
+    What depends on no random number, such as an encoder, then runs once for any number of replays.
+    """
+    nodes = list(graph.module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    fixed, grounded = set(inputs), set(inputs)  # independent of random numbers; and made of an input, unlike a constant
+    for node in nodes:
+        if (
+            node.op == "call_function"
+            and _is_pure(node)
+            and all(n in fixed or n in inputs for n in node.all_input_nodes)
+        ):
+            fixed.add(node)
+            grounded |= {node} if any(n in grounded for n in node.all_input_nodes) else set()
+    passed = [n for n in nodes if n in grounded and n not in inputs and any(user not in fixed for user in n.users)]
+    passed = [node for node in passed if isinstance(node.meta.get("val"), torch.Tensor)]
+    first = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in nodes:
+        if node in fixed:
+            copies[node] = first.node_copy(node, copies.__getitem__)
+    first.output(tuple(copies[node] for node in passed))
+    rest = torch.fx.Graph()
+    copies = {node: rest.node_copy(node) for node in inputs[: len(inputs) - len(graph.held)]}
+    copies |= {node: rest.placeholder(f"passed_{i}") for i, node in enumerate(passed)}
+    copies |= {node: rest.node_copy(node) for node in inputs[len(inputs) - len(graph.held) :]}
+    for node in nodes:
+        if node not in copies:
+            copies[node] = rest.node_copy(node, copies.__getitem__)
+    rest.eliminate_dead_code()
+    return tuple(Graph(GraphModule(graph.module, part), graph.held) for part in (first, rest))  # type: ignore[return-value]
+
+
+def _is_operation(node: Node) -> bool:
+    """Whether a node is an operation on tensors, and not the choice of one from several results."""
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _is_mutable(node: Node) -> bool:
+    """Whether an operation changes what it is given; batch normalisation does without saying so."""
+    operation: Any = node.target
+    name = operation._schema.name
+    return operation._schema.is_mutable or ("batch_norm" in name and "backward" not in name)  # type: ignore[no-any-return]
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether a node draws nothing and changes nothing."""
+    operation: Any = node.target
+    random = _is_operation(node) and torch.Tag.nondeterministic_seeded in operation.tags
+    return not random and not (_is_operation(node) and _is_mutable(node))
+
+
+class _NoItem(TorchFunctionMode):
+    """``tensor.item()`` stays a tensor: Pyro's losses add up numbers that they read from each site."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].detach() if func is torch.Tensor.item else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Pyro without what reads values: validation, numbers read from each site, the search for NaN in a loss."""
+    saved = pyro.util.torch_isnan, pyro.util.torch_isinf
+    pyro.util.torch_isnan = pyro.util.torch_isinf = lambda _: False  # type: ignore[assignment]
+    try:
+        with validation(False), _NoItem():
+            yield
+    finally:
+        pyro.util.torch_isnan, pyro.util.torch_isinf = saved
+
+
+@contextmanager
+def _untouched(programs: Sequence[Any]) -> Iterator[None]:
+    """Put modules back: one that keeps a result would keep a tensor without values, and counts of batches go up."""
+    owners = [owner for owner in map(anchor, programs) if isinstance(owner, torch.nn.Module)]
+    parts = [part for owner in owners for part in owner.modules()]
+    before = [(part, dict(vars(part)), dict(part._buffers)) for part in parts]
+    values = [(buffer, buffer.clone()) for owner in owners for buffer in owner.buffers()]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.copy_(value)
+
+
+def _restore_store(before: dict[str, Any]) -> list[str]:
+    """Put parameters back that were replaced, and return their names."""
+    now = current_params()
+    written = [name for name in now if name not in before or now[name][0] is not before[name][0]]
+    for name in written:
+        del pyro.get_param_store()[name]
+    add_to_store({name: before[name] for name in written if name in before})
+    return written
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, and at which line of the user, or else of the libraries."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, __file__, "<"))
+    ]
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    what = "it looks at values of tensors" if _looks_at_values(error) else _first_line(error)
+    if not frames:
+        return what
+    frame = (own or frames)[-1]
+    return f"{what}, at {Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+
+
+def _looks_at_values(error: BaseException) -> bool:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    words = ("data-dependent", "tracing tensor", "DataDependent", "non-fake", "FakeTensor", "symbolic")
+    return bool(kinds & {"GuardOnDataDependentSymNode", "DataDependentOutputException"}) or any(
+        word in str(error) for word in words
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
