@@ -20,13 +20,23 @@ from torch.overrides import TorchFunctionMode
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.params import add_to_store, anchor, current_params
 
-__all__ = ["Graph", "NotCapturable", "agree", "capture", "hoisted"]
+__all__ = ["Graph", "NotCapturable", "agree", "capture", "hoisted", "pays"]
+
+#: About what it costs to compile a graph, in seconds; a run that would not earn it back does without.
+COMPILE_SECONDS = 15.0
+
+_SAVED = 0.4  # share of the time that compiling saves, about
 
 #: What can be captured: tensors in, tensors out.
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 _TORCH = str(Path(torch.__file__).parent)
 _LIBRARIES = (str(Path(pyro.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def pays(seconds: float) -> bool:
+    """Whether a computation that takes so many seconds as it is should be compiled."""
+    return _SAVED * seconds > COMPILE_SECONDS
 
 
 class NotCapturable(Exception):
@@ -97,9 +107,8 @@ class Graph:
         """The held tensors that a replay changes: batch statistics."""
         nodes = self.module.graph.nodes
         places = [node for node in nodes if node.op == "placeholder"]
-        mutable = [node for node in nodes if _is_operation(node) and _is_mutable(node)]
-        held = zip(places[len(places) - len(self.held) :], self.held, strict=True)
-        return [tensor for node, tensor in held if any(node in other.all_input_nodes for other in mutable)]
+        written = {arg for node in nodes for arg in _written(node)}
+        return [t for node, t in zip(places[len(places) - len(self.held) :], self.held, strict=True) if node in written]
 
 
 class _Recording:
@@ -166,36 +175,62 @@ def _lift(module: GraphModule) -> list[torch.Tensor]:
 def hoisted(graph: Graph) -> tuple[Graph, Graph]:
     """Split a graph in two: ``rest(*inputs, *first(*inputs))`` is ``graph(*inputs)``, and only ``rest`` is random.
 
-    What depends on no random number, such as an encoder, then runs once for any number of replays.
+    What depends on an input and on no random number, such as an encoder, then runs once for any number of replays.
+    ``rest`` also returns the random numbers that are not used, since no compiler leaves out what is returned.
+
+    Raises:
+        NotCapturable: the graph changes tensors that it did not make.
     """
     nodes = list(graph.module.graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    fixed, grounded = set(inputs), set(inputs)  # independent of random numbers; and made of an input, unlike a constant
+    places, output = [node for node in nodes if node.op == "placeholder"], nodes[-1]
+    inputs, held = places[: len(places) - len(graph.held)], places[len(places) - len(graph.held) :]
+    unused = [node for node in nodes if _is_random(node) and node not in _ancestors(output)]
+    needed, written = _ancestors(output, *unused), _ancestors(*(arg for node in nodes for arg in _written(node)))
+    left_out = {arg for node in nodes if node not in needed for arg in _written(node)}
+    if written.intersection(places) or left_out & needed:
+        raise NotCapturable("it changes a tensor in place")
+    fixed, made_of_input = set(places), set(inputs)
     for node in nodes:
-        if (
-            node.op == "call_function"
-            and _is_pure(node)
-            and all(n in fixed or n in inputs for n in node.all_input_nodes)
-        ):
+        parents = node.all_input_nodes
+        still = not (_is_random(node) or _written(node) or node in written)
+        if node.op == "call_function" and still and fixed.issuperset(parents):
             fixed.add(node)
-            grounded |= {node} if any(n in grounded for n in node.all_input_nodes) else set()
-    passed = [n for n in nodes if n in grounded and n not in inputs and any(user not in fixed for user in n.users)]
-    passed = [node for node in passed if isinstance(node.meta.get("val"), torch.Tensor)]
-    first = torch.fx.Graph()
-    copies: dict[Node, Node] = {}
+            made_of_input |= {node} if made_of_input.intersection(parents) else set()
+    early = fixed & made_of_input & needed - set(places)
+    passed = [
+        n for n in nodes if n in early and _is_tensor(n) and not early.issuperset(u for u in n.users if u in needed)
+    ]
+    first = _part(graph, [*places, *(n for n in nodes if n in _ancestors(*passed) - set(places))], [], passed)
+    late = [node for node in nodes if node in needed and node not in passed and node not in places]
+    rest = _part(graph, [*inputs, *passed, *held, *late], passed, [*output.args[0], *unused])
+    return first, rest
+
+
+def _part(graph: Graph, nodes: Sequence[Node], given: Sequence[Node], results: Any) -> Graph:
+    """Some nodes as a graph of their own, in which those that are ``given`` are placeholders."""
+    part, copies = torch.fx.Graph(), dict[Node, Node]()
     for node in nodes:
-        if node in fixed:
-            copies[node] = first.node_copy(node, copies.__getitem__)
-    first.output(tuple(copies[node] for node in passed))
-    rest = torch.fx.Graph()
-    copies = {node: rest.node_copy(node) for node in inputs[: len(inputs) - len(graph.held)]}
-    copies |= {node: rest.placeholder(f"passed_{i}") for i, node in enumerate(passed)}
-    copies |= {node: rest.node_copy(node) for node in inputs[len(inputs) - len(graph.held) :]}
-    for node in nodes:
-        if node not in copies:
-            copies[node] = rest.node_copy(node, copies.__getitem__)
-    rest.eliminate_dead_code()
-    return tuple(Graph(GraphModule(graph.module, part), graph.held) for part in (first, rest))  # type: ignore[return-value]
+        if node in given:
+            copies[node] = part.placeholder(f"given_{len(copies)}")
+        elif node.op != "output":
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in results))
+    return Graph(GraphModule(graph.module, part), graph.held)
+
+
+def _ancestors(*nodes: Node) -> set[Node]:
+    """The nodes themselves, and all that they are made of."""
+    found, new = set[Node](), list(nodes)
+    while new:
+        node = new.pop()
+        if node not in found:
+            found.add(node)
+            new += node.all_input_nodes
+    return found
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _is_operation(node: Node) -> bool:
@@ -203,18 +238,21 @@ def _is_operation(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
 
 
-def _is_mutable(node: Node) -> bool:
-    """Whether an operation changes what it is given; batch normalisation does without saying so."""
+def _written(node: Node) -> list[Node]:
+    """What an operation changes of what it is given; batch normalisation does without saying so."""
     operation: Any = node.target
-    name = operation._schema.name
-    return operation._schema.is_mutable or ("batch_norm" in name and "backward" not in name)  # type: ignore[no-any-return]
+    if not _is_operation(node):
+        return []
+    silent = "batch_norm" in operation._schema.name and "backward" not in operation._schema.name
+    arguments = zip(node.args, operation._schema.arguments, strict=False)
+    changed = [arg for arg, declared in arguments if silent or (declared.alias_info and declared.alias_info.is_write)]
+    return [arg for arg in changed if isinstance(arg, Node)]
 
 
-def _is_pure(node: Node) -> bool:
-    """Whether a node draws nothing and changes nothing."""
+def _is_random(node: Node) -> bool:
+    """Whether a node draws random numbers."""
     operation: Any = node.target
-    random = _is_operation(node) and torch.Tag.nondeterministic_seeded in operation.tags
-    return not random and not (_is_operation(node) and _is_mutable(node))
+    return _is_operation(node) and torch.Tag.nondeterministic_seeded in operation.tags
 
 
 class _NoItem(TorchFunctionMode):

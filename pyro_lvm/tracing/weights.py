@@ -10,7 +10,7 @@ from pyro_lvm._checks import check_positive_int, data_tensor
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
-from pyro_lvm.tracing.intercept import element_constraint, in_words, is_latent, run
+from pyro_lvm.tracing.intercept import Values, element_constraint, in_words, is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
 from pyro_lvm.tracing.particles import Draws, Runner, draw_from
@@ -24,9 +24,14 @@ __all__ = ["Proposal", "check_data", "elbo", "evaluation", "log_weights", "weigh
 class Proposal:
     """The guide on some data. It runs once for all draws where its sites do not depend on one another."""
 
-    def __init__(self, plan: Plan, guide: Guide, batch: Batch) -> None:
+    def __init__(self, plan: Plan, guide: Guide, batch: Batch, values: Values | None = None) -> None:
         self.plan, self.guide, self.batch = plan, guide, batch
-        self.trace = run(guide, batch.args) if plan.guide_mode == "once" else {}
+        self.trace = run(guide, batch.args, values=values) if plan.guide_mode == "once" else {}
+
+    @property
+    def values(self) -> Values:
+        """What the guide drew in that one run: nothing depends on it, and given it again no number is drawn."""
+        return {name: site["value"] for name, site in self.trace.items() if is_latent(site)}
 
     def draw(self, num_particles: int) -> tuple[Table, Draws]:
         """log q(z | x), ``(K, N)``, and the draws z."""

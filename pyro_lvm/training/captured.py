@@ -16,23 +16,20 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_lvm.objectives.annealing import KLAnnealing
-from pyro_lvm.tracing.capture import Graph, NotCapturable, agree, capture
+from pyro_lvm.tracing.capture import Graph, NotCapturable, agree, capture, pays
 from pyro_lvm.tracing.params import anchor
 from pyro_lvm.training.fused_adam import FusedAdam, Slice
 from pyro_lvm.training.objective import Args, Objective
 from pyro_lvm.training.plain import Outcome, PlainStep
 
-__all__ = ["CHECK_EVERY", "COMPILE_SECONDS", "CapturedStep"]
+__all__ = ["CHECK_EVERY", "CapturedStep"]
 
 logger = logging.getLogger("pyro_lvm")
 
 #: Steps from one comparison with a plain step to the next.
 CHECK_EVERY = 500
-#: About what it costs to compile a graph; a run that would not earn it back replays the graph as it is.
-COMPILE_SECONDS = 15.0
 
 _TIMED = 10  # replays whose time says whether to compile
-_SAVED = 0.4  # share of the time of a replay that compiling saves, about
 _REMEMBER_EVERY = 100  # replays from one copy of the parameters to the next, for an update that overflows
 _FROZEN = ": something that is no tensor has changed, such as a Python number or a random number of NumPy"
 
@@ -172,7 +169,7 @@ class CapturedStep:
     def _compile_if_it_pays(self, replay: _Replay, inputs: list[torch.Tensor]) -> None:
         assert replay.graph is not None
         left = (self.num_steps - self.calls) * replay.calls / self.calls  # of this shape
-        if _SAVED * left * replay.seconds / _TIMED < COMPILE_SECONDS:
+        if not pays(left * replay.seconds / _TIMED):
             return
         logger.info("compiling the step for batches of %s", tuple(inputs[-1].shape))
         try:

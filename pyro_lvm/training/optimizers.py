@@ -94,8 +94,8 @@ class GuardedOptimizer(PyroOptim):
         tensors += [live for live, _ in self._before.values()]
         if self.check_loss:
             tensors.append(torch.as_tensor(self.loss))
-        flags = [tensor.isfinite().all() for tensor in tensors]
-        return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()) if flags else True
+        # A sum is finite only if all its terms are, and is far cheaper than a look at each; it may overflow.
+        return _all(tensors, lambda t: t.sum().isfinite()) or _all(tensors, lambda t: t.isfinite().all())
 
     def _update(self, chosen: dict[str, torch.Tensor]) -> None:
         self._adopt(chosen)
@@ -143,6 +143,11 @@ def _made(make: MakeOptimizer, params: list[torch.Tensor]) -> torch.optim.Optimi
         cure = "Pass a function such as `lambda params: torch.optim.Adam(params, lr=1e-3)`."
         raise DataTypeError(refuse("optim", "a first-order torch optimizer", type(optimizer).__name__, cure))
     return optimizer
+
+
+def _all(tensors: list[torch.Tensor], test: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    flags = [test(tensor) for tensor in tensors]
+    return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()) if flags else True
 
 
 def clear_gradients(params: Iterable[torch.Tensor]) -> None:
