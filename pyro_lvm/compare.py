@@ -35,6 +35,7 @@ def compare(
     vectorize: Vectorize = "auto",
     chunks: Chunks = None,
     device: torch.device | str | None = None,
+    compile: bool = False,
     progress: bool | None = None,
 ) -> Comparison:
     """Measure several pairs on the same data with the same seed, and rank them.
@@ -52,6 +53,7 @@ def compare(
         vectorize: ``False`` for Python control flow on latents.
         chunks: (data, particles) at once.
         device: where to compute.
+        compile: capture and compile each pair where that pays.
         progress: show a bar a row.
 
     Returns:
@@ -84,7 +86,8 @@ def compare(
     source = data_source(x, args, data_args, device)
     kinds = {name: _pairs(name, row) for name, row in rows.items()}
     options: dict[str, Any] = {"num_particles": num_particles, "data_plate": data_plate, "data_args": data_args}
-    options |= {"vectorize": vectorize, "chunks": chunks, "seed": seed, "device": device, "progress": progress}
+    options |= {"vectorize": vectorize, "chunks": chunks, "seed": seed, "device": device}
+    options |= {"compile": compile, "progress": progress}
     measured: dict[str, ComparisonRow] = {}
     for name, kind in kinds.items():
         try:

@@ -1,8 +1,10 @@
 """Data in pieces: a tensor, an array, a ``Dataset`` or a ``DataLoader`` in the place of x."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -14,21 +16,25 @@ from pyro_lvm.tracing.isolation import forked_rng
 
 __all__ = ["data_provenance", "data_source", "device_of"]
 
+_CHECKED = 1024  # rows of an array that are looked at for numbers at once
 
-class _DatasetRows:
-    """The items of a map-style data set read when they are asked for."""
 
-    def __init__(self, dataset: Any, args: Sequence[Any], data_args: DataArgs, collate: Any, device: Any) -> None:
-        self.dataset, self.collate, self.device = dataset, collate, device
-        _, *own = make_batch(torch.empty(len(dataset)), args, data_args).per_datum
+class _ReadRows:
+    """Data that are read when they are asked for; ``read(range)`` gives x, or a tuple that begins with it."""
+
+    def __init__(
+        self, length: int, read: Callable[[range], Any], args: Sequence[Any], data_args: DataArgs, device: Any
+    ) -> None:
+        self.length, self.read, self.device = length, read, device
+        _, *own = make_batch(torch.empty(length, 0), args, data_args).per_datum
         self.args = list(zip(args, own, strict=True))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.length
 
     def rows(self, index: slice) -> Batch:
         """Read some items."""
-        items = self.collate([self.dataset[i] for i in range(*index.indices(len(self)))])
+        items = self.read(range(*index.indices(len(self))))
         x, *others = items if isinstance(items, list | tuple) else (items,)
         others += [a[index] if own else a for a, own in self.args]
         per_datum = (True,) * (1 + len(others) - len(self.args)) + tuple(own for _, own in self.args)
@@ -36,8 +42,28 @@ class _DatasetRows:
         return Batch((x, *others), per_datum).to(self.device)
 
 
+def _items(dataset: Any, collate: Callable[[Any], Any], indices: range) -> Any:
+    """Items of a map-style data set, read together where it can."""
+    if getattr(dataset, "__getitems__", None):
+        return collate(dataset.__getitems__(list(indices)))
+    return collate([dataset[i] for i in indices])
+
+
+def _copied(array: np.ndarray, indices: range) -> torch.Tensor:
+    """A copy, since an array that is mapped from a file may be read-only, which tensors cannot be."""
+    return torch.from_numpy(np.array(array[indices.start : indices.stop], order="C"))
+
+
+def _has_numbers(array: np.ndarray) -> bool:
+    """Whether there is anything but NaN; stops at the first rows that have it."""
+    parts = (array[i : i + _CHECKED] for i in range(0, len(array), _CHECKED))
+    return any(part.dtype.kind != "f" or not np.isnan(part).all() for part in parts)
+
+
 def data_source(x: Data, args: Sequence[Any], data_args: DataArgs, device: torch.device | str | None) -> Rows:
     """x and its companions in a form that gives rows; data sets are read in their own order, tuples are splatted.
+
+    Arrays, which may be mapped from a file, and data sets are read, converted and moved chunk by chunk.
 
     Raises:
         DataTypeError: x is no tensor, array, map-style ``Dataset`` or ``DataLoader`` of one.
@@ -53,7 +79,9 @@ def data_source(x: Data, args: Sequence[Any], data_args: DataArgs, device: torch
     if isinstance(x, Dataset):
         if len(x) == 0:  # type: ignore[arg-type]
             data_tensor("x", torch.empty(0))
-        return _DatasetRows(x, args, data_args, collate, device)
+        return _ReadRows(len(x), partial(_items, x, collate), args, data_args, device)  # type: ignore[arg-type]
+    if isinstance(x, np.ndarray) and x.dtype.kind in "buif" and x.ndim and _has_numbers(x):
+        return _ReadRows(len(x), partial(_copied, x), args, data_args, device)
     return make_batch(data_tensor("x", x), args, data_args).to(device)
 
 

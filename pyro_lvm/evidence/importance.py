@@ -1,5 +1,6 @@
 """Importance sampling with the guide as proposal, streamed over data and particles."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +9,22 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int, shown, warn_caller
+from pyro_lvm._checks import check_positive_int, refuse, shown, warn_caller
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import __version__
-from pyro_lvm.errors import UnreliableEstimateWarning
+from pyro_lvm.errors import DataTypeError, UnreliableEstimateWarning
 from pyro_lvm.evidence.closed_form import closed_form
+from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
-from pyro_lvm.ops import DOUBTFUL, WeightAccumulator, WeightSummary, status_names
+from pyro_lvm.evidence.resume import Checkpoint, Progress, fingerprint
+from pyro_lvm.ops import DOUBTFUL, STATUSES, WeightAccumulator, WeightSummary
 from pyro_lvm.tracing.batch import DataArgs, Rows
+from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
-from pyro_lvm.tracing.weights import Proposal, check_data, evaluation, weight_table
+from pyro_lvm.tracing.weights import check_data, evaluation
 
 __all__ = ["importance"]
 
@@ -36,6 +41,9 @@ def importance(
     chunks: Chunks = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,
+    model_dtype: torch.dtype | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> LogMarginal:
     r"""log p(x) of every datum by importance sampling from the guide.
@@ -47,7 +55,9 @@ def importance(
         model: generative program p(x, z), any callable.
         guide: variational program q(z | x), any callable; None for a model with an exact ``log_prob``, or whose
             latents, if any, are discrete and few: these are summed out.
-        x: data ``(N, ...)`` as a tensor or NumPy array, or a map-style ``Dataset`` or ``DataLoader``, read in order.
+        x: data ``(N, ...)`` as a tensor or NumPy array, or a map-style ``Dataset`` or ``DataLoader``, read in order. An
+            array that is mapped from a file and a data set are read chunk by chunk: memory holds the results of all
+            data, about 120 bytes each, and one chunk. A ``__getitems__`` of the data set is used.
         *args: further arguments of both programs; tensors with N rows go with x.
         num_particles: K.
         data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint result of shape ``(1,)``.
@@ -57,6 +67,19 @@ def importance(
             expectations do not.
         seed: forks the global random state, so that guides can be compared on common random numbers.
         device: where to compute; None stays on the device of x.
+        compile: capture the pair as one graph for each shape of chunk, and compile it, where the run is long enough to
+            pay for that; needs a C++ compiler. The draws are the same, and the results up to rounding. What cannot be
+            captured (control flow by values) runs as ever; the provenance says what was done.
+        model_dtype: ``torch.bfloat16`` or ``torch.float16`` takes the matrix products and convolutions of the model in
+            half precision; the guide, densities and sums keep that of the data. What this moves is measured on the
+            first data and stated in the provenance, and in the verdict where it is not small. A Bernoulli VAE of 800
+            training steps on MNIST (784-200-200-50, K = 100): log p-hat of a datum moves by 0.03 nats in bfloat16 (root
+            mean square of 1000; 0.12 at most), the mean by -0.003; in float16 by 0.004 (0.02), the mean by -0.0001.
+        resume: a directory, made if need be, that keeps finished chunks of data while the estimate runs. After a crash,
+            a kill or Ctrl-C the same call goes on from there, and ends with the numbers, bit for bit, of a run that was
+            not interrupted; without a seed, the draws go on from where they were. A second of work and the chunk in
+            progress are lost. A finished estimate is returned at once. One process at a time; of a joint result
+            (``data_plate=None``), or a pair that is tied to all of its data, nothing is kept before the end.
         progress: show a bar; None shows it in a terminal.
 
     Returns:
@@ -65,7 +88,8 @@ def importance(
 
     Raises:
         PlateError, SiteError, SupportError, ParameterError, ShapeError, DataTypeError: what was expected, what came and
-            the cure.
+            the cure. ``resume`` of another call is a ParameterError that lists what differs.
+        DatasetError: the files of ``resume`` are damaged.
 
     Warns:
         UnreliableEstimateWarning: some data have no trustworthy value.
@@ -92,18 +116,35 @@ def importance(
     num_particles = check_positive_int("num_particles", num_particles)
     if chunks is not None:
         chunks = (check_positive_int("chunks[0]", chunks[0]), check_positive_int("chunks[1]", chunks[1]))
+    if model_dtype is not None:
+        check_model_dtype(model_dtype)
+    if not isinstance(compile, bool):
+        raise DataTypeError(refuse("compile", "True or False", repr(compile), "True captures and compiles the pair."))
     source = data_source(x, args, data_args, device)
     guide = guide or empty_guide
     devices = [device_of(source)]
+    provenance: dict[str, Any] = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
+    names = {"model": _name(model), "guide": _name(guide)}
     with evaluation(model, guide), torch.no_grad():
         with evaluation_rng(0, devices):
             plan = probe_pair(model, guide, source, data_plate, vectorize)
         num_particles = 1 if plan.exact else num_particles
         sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
-        job = _Job(plan, model, guide, source, num_particles, sizes)
+        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+        checkpoint = None
+        if resume is not None:
+            options = {"num_particles": num_particles, "chunks": chunks, "seed": seed, "device": devices[0]}
+            known = fingerprint(plan, model, guide, source, options | names | {"model_dtype": model_dtype})
+            checkpoint = Checkpoint(resume, known, columns, devices[0])
+            provenance["resumed_at"] = checkpoint.resumed_at
+        if model_dtype is not None:
+            provenance["model_dtype"] = rounding(plan, model, guide, source, model_dtype)
+            model = in_half(model, model_dtype)
+        tables = CapturedTables(plan, model, guide) if compile else Tables(plan, model, guide)
+        job = _Job(plan, tables, source, num_particles, sizes, columns, checkpoint)
         with evaluation_rng(seed, devices), validation(False):
-            summaries = job.run(progress)
-    record = _record(job, summaries, {"data": data_provenance(x), "seed": seed, "device": str(devices[0])})
+            job.run(progress)
+    record = _record(job, provenance | names)
     _warn(record)
     return record
 
@@ -113,47 +154,59 @@ class _Job:
     """One estimate under way: the data in chunks, and for each the particles in chunks."""
 
     plan: Plan
-    model: Model
-    guide: Guide
+    tables: Tables
     source: Rows
     num_particles: int
     chunks: tuple[int, int]
-    dtype: torch.dtype | None = None
+    columns: Columns
+    checkpoint: Checkpoint | None = None
+    dtype: str = "None"
 
-    def run(self, progress: bool | None) -> list[WeightSummary]:
-        """Summaries of the chunks of data, of those that are finished when Ctrl-C comes."""
-        num_data = len(self.source)
-        summaries: list[WeightSummary] = []
-        done = 0
-        with tqdm(
-            total=num_data * self.num_particles, unit=" weights", unit_scale=True, disable=not shown(progress)
-        ) as bar:
+    def run(self, progress: bool | None) -> None:
+        """Fill the columns; with the data that are finished when Ctrl-C comes."""
+        num_data, done = len(self.source), self._load()
+        total = num_data * self.num_particles
+        shows = {"unit": " weights", "unit_scale": True, "disable": not shown(progress)}
+        with tqdm(total=total, initial=done * self.num_particles, **shows) as bar:
             try:
                 while done < num_data:
                     rows = num_data if self.plan.tied else min(self.chunks[0], num_data - done)
                     try:
-                        summaries.append(self._chunk(slice(done, done + rows), bar))
+                        summary = self._chunk(slice(done, done + rows), bar)
                     except (RuntimeError, MemoryError) as error:
                         self._shrink(error)
                         continue
                     done += rows
+                    self.columns.add(summary)
+                    if self.checkpoint:
+                        self.checkpoint.note(Progress(done, self.columns.done, self.chunks, self.dtype))
             except KeyboardInterrupt:
-                if not summaries:
+                if not self.columns.done:
                     raise
-        return summaries
+            finally:
+                if self.checkpoint:
+                    self.checkpoint.save()
+
+    def _load(self) -> int:
+        """Go on from where a checkpoint is; the number of data that are done."""
+        found = self.checkpoint.load() if self.checkpoint else None
+        if found is None:
+            return 0
+        self.chunks, self.dtype = found.chunks, found.dtype
+        return found.rows
 
     def _chunk(self, rows: slice, bar: Any) -> WeightSummary:
         """All particles of some data."""
         batch = self.source.rows(rows)
-        check_data(self.plan, self.model, self.guide, batch, rows.start)
-        proposal = Proposal(self.plan, self.guide, batch)
+        check_data(self.plan, self.tables.model, self.tables.guide, batch, rows.start)
+        draw = self.tables.of(batch, (len(self.source) - rows.start) * self.num_particles)
         weights = WeightAccumulator(self.plan.model_layout.num_data(batch), self.num_particles, batch.args[0].device)
         left = self.num_particles
         while left:
             now = min(self.chunks[1], left)
-            table = weight_table(self.plan, self.model, proposal, now)
+            table = draw(now)
             weights.update(table.total, table.magnitude)
-            self.dtype = table.total.dtype
+            self.dtype = str(table.total.dtype)
             left -= now
             bar.update(now * len(batch))
         return weights.summary()
@@ -167,27 +220,22 @@ class _Job:
         self.chunks = (data, particles // 2) if particles > 1 else (data // 2, 1)
 
 
-def _record(job: _Job, summaries: list[WeightSummary], provenance: dict[str, Any]) -> LogMarginal:
-    plan = job.plan
-
-    def column(name: str) -> torch.Tensor:
-        return torch.cat([getattr(summary, name) for summary in summaries])
-
-    value, status, method = column("value"), np.array(status_names(column("status"))), "importance sampling"
-    stderr, bias, elbo_stderr = column("stderr"), column("bias"), column("elbo_stderr")
+def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:
+    plan, columns = job.plan, job.columns
+    codes = columns["status"].long().cpu().numpy()
+    value, status, method = columns["value"], np.array(STATUSES)[codes], "importance sampling"
+    stderr, bias, elbo_stderr = columns["stderr"], columns["bias"], columns["elbo_stderr"]
     if plan.exact:
         method = "enumeration" if plan.match.enumerated else "exact density"
         status = np.where(status == "unreliable", "exact", status)  # K = 1 says nothing of a sum that has no noise
         stderr = bias = elbo_stderr = torch.zeros_like(value)
-    expected = 1 if plan.model_layout.plate is None else len(job.source)
     provenance |= {
-        "model": _name(job.model),
-        "guide": _name(job.guide),
         "num_data": len(job.source),
-        "finished": len(value) == expected,
-        "dtype": str(job.dtype),
+        "finished": len(value) == len(columns),
+        "dtype": job.dtype,
         "data_plate": plan.model_layout.plate,
         "chunks": job.chunks,
+        "tables": job.tables.note,
         "particles": {"model": plan.model_mode, "guide": plan.guide_mode},
         "streamed": "particles" if plan.tied else "data and particles",
         "enumerated": plan.match.enumerated,
@@ -197,10 +245,10 @@ def _record(job: _Job, summaries: list[WeightSummary], provenance: dict[str, Any
         value=value,
         stderr=stderr,
         bias=bias,
-        elbo=column("elbo"),
+        elbo=columns["elbo"],
         elbo_stderr=elbo_stderr,
-        ess=column("ess"),
-        khat=column("khat"),
+        ess=columns["ess"],
+        khat=columns["khat"],
         status=status,
         num_particles=job.num_particles,
         method=method,

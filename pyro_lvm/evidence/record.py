@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LogMarginal", "concatenate", "exact_record", "to_arviz"]
 
+_SMALL = 0.25  # of a standard error: what adds 3 % to it in quadrature
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogMarginal:
@@ -38,7 +40,8 @@ class LogMarginal:
             draws from one guide cannot see a mode that the guide misses.
         num_particles: K.
         method: name of the estimator.
-        provenance: whatever makes the number quotable: seed, dtype, device, versions, chunk sizes.
+        provenance: whatever makes the number quotable: seed, dtype, device, versions, chunk sizes; what half precision
+            moves (``model_dtype``), and after how many data a resumed run went on (``resumed_at``).
     """
 
     value: torch.Tensor
@@ -102,8 +105,27 @@ class LogMarginal:
         return ", ".join(f"{word} for {shares[word]:.1%}" for word in DOUBTFUL if word in shares)
 
     @property
+    def rounding(self) -> str:
+        """Words on half precision of the model, where what it moves is not small against the errors; else empty."""
+        found = self.provenance.get("model_dtype")
+        if not found or not len(self):
+            return ""
+        of_a_datum, of_the_mean = found["rms_log_p"], abs(found["mean_log_p"])
+        if (
+            of_a_datum <= _SMALL * float(self.stderr.square().mean().sqrt())
+            and of_the_mean <= _SMALL * self.mean_stderr
+        ):
+            return ""
+        dtype = found["dtype"].removeprefix("torch.")
+        return f" {dtype} moves log p-hat of a datum by {of_a_datum:.1g} nats, the mean by {found['mean_log_p']:.1g}."
+
+    @property
     def verdict(self) -> str:
-        """One plain sentence on what may be said with these numbers."""
+        """What may be said with these numbers, in a plain sentence, and one on half precision where it matters."""
+        return self._verdict + self.rounding
+
+    @property
+    def _verdict(self) -> str:
         shares = self.status_shares()
         if self.doubt:
             cures = {
@@ -160,7 +182,7 @@ class LogMarginal:
         data = "" if len(self) == 1 else f"data +- {self.data_stderr:.2g}"
         if self.mean_stderr == 0:
             return f"{mean} ({data})" if data else mean
-        if abs(self.mean_bias) > 0.25 * self.mean_stderr:
+        if abs(self.mean_bias) > _SMALL * self.mean_stderr:
             # Where weights are unreliable their variance, and so the bias, is underestimated.
             about = "at least" if self.doubt else "about"
             return f"{mean} (bias {about} {self.mean_bias:.2g}{'; ' if data else ''}{data})"

@@ -11,7 +11,7 @@ import torch
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import DataTypeError, ShapeError
 
-__all__ = ["log_mean_exp", "log_normalize", "log_weight_table"]
+__all__ = ["check_table", "log_mean_exp", "log_normalize", "log_weight_table"]
 
 
 def log_mean_exp(log_weights: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -77,13 +77,27 @@ def log_weight_table(log_weights: torch.Tensor, argument: str = "log_weights") -
         >>> log_weight_table(torch.zeros(3, 2)).dtype
         torch.float64
     """
+    return check_table(log_weights, argument).double()
+
+
+def check_table(log_weights: torch.Tensor, argument: str = "log_weights") -> torch.Tensor:
+    """``log_weights`` as they are, once it is sure that they are a ``(K, N)`` table.
+
+    Args:
+        log_weights: Log-weights in nats, ``(K, N)``, of any floating dtype.
+        argument: What an error message shall call it.
+
+    Raises:
+        DataTypeError: not a tensor of a floating dtype.
+        ShapeError: not two-dimensional, or no particle, or no datum.
+    """
     if not isinstance(log_weights, torch.Tensor) or not log_weights.is_floating_point():
         got = log_weights.dtype if isinstance(log_weights, torch.Tensor) else type(log_weights).__name__
         raise DataTypeError(refuse(argument, "a floating tensor", got, "Pass log p(x, z) - log q(z | x) in nats."))
     if log_weights.dim() != 2 or log_weights.numel() == 0:
         cure = "Put the particles first and the data second; a single datum is log_weights[:, None]."
         raise ShapeError(refuse(argument, "shape (K, N) with K, N >= 1", tuple(log_weights.shape), cure))
-    return log_weights.double()
+    return log_weights
 
 
 def _refuse_empty(log_weights: torch.Tensor, dim: int) -> None:

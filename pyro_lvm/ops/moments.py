@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pyro_lvm.ops.log_space import log_weight_table
+from pyro_lvm.ops.log_space import check_table
 
 __all__ = ["WeightMoments", "merge_moments", "weight_moments"]
+
+_MAX_ELEMENTS = 2**18  # float64 elements of a temporary: 2 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +73,22 @@ def weight_moments(log_weights: torch.Tensor) -> WeightMoments:
         >>> weight_moments(torch.zeros(3, 1)).mean
         tensor([1.], dtype=torch.float64)
     """
-    table = log_weight_table(log_weights)  # (K, N)
+    table = check_table(log_weights)  # (K, N)
+    width = max(1, _MAX_ELEMENTS // len(table))
+    if table.shape[1] <= width:
+        return _moments(table.double())
+    parts = [_moments(part.double()) for part in table.split(width, dim=1)]
+    shift, mean, squares = (torch.cat([getattr(p, name) for p in parts]) for name in ("shift", "mean", "squares"))
+    return WeightMoments(len(table), shift, mean, squares)
+
+
+def _moments(table: torch.Tensor) -> WeightMoments:
+    """Of a float64 table of a size that a cache holds: each temporary is read while it is still there."""
     shift = table.detach().amax(dim=0)  # (N,)
-    scaled = torch.exp(table - _finite_shift(shift))  # (K, N)
+    scaled = (table - _finite_shift(shift)).exp_()  # (K, N)
     mean = scaled.mean(dim=0)  # (N,)
-    return WeightMoments(len(table), shift, mean, (scaled - mean).square().sum(dim=0))
+    centered = scaled - mean  # (K, N)
+    return WeightMoments(len(table), shift, mean, (centered * centered).sum(dim=0))
 
 
 def merge_moments(first: WeightMoments, second: WeightMoments) -> WeightMoments:

@@ -15,13 +15,14 @@ import torch
 
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm.errors import ShapeError
-from pyro_lvm.ops.log_space import log_weight_table
+from pyro_lvm.ops.log_space import check_table, log_weight_table
 
 __all__ = [
     "MIN_TAIL",
     "fit_generalized_pareto",
     "khat_from_tail",
     "khat_threshold",
+    "largest",
     "pareto_khat",
     "pareto_smooth",
     "tail_size",
@@ -29,8 +30,8 @@ __all__ = [
 
 # Fewer exceedances than these are not fitted, as in ArviZ and loo.
 MIN_TAIL = 5
-# Largest number of float64 elements in one temporary of the fit: 32 MiB.
-_MAX_ELEMENTS = 2**22
+# Largest number of float64 elements in one temporary: 2 MiB, what a cache holds.
+_MAX_ELEMENTS = 2**18
 # exp of less is subnormal in float64.
 _LOG_TINY = math.log(torch.finfo(torch.float64).tiny)
 
@@ -167,8 +168,35 @@ def pareto_khat(log_weights: torch.Tensor, noise: torch.Tensor | float = 0.0) ->
         >>> print(f"{pareto_khat(log_weights).item():.2f}")
         0.59
     """
-    table = log_weight_table(log_weights).detach()  # (K, N)
-    return khat_from_tail(table.topk(tail_size(len(table)) + 1, dim=0).values, noise)
+    table = check_table(log_weights).detach()  # (K, N)
+    return khat_from_tail(largest(table, tail_size(len(table)) + 1), noise)
+
+
+def largest(table: torch.Tensor, count: int) -> torch.Tensor:
+    """The largest entries of each column in float64, ``(count, N)`` descending: the values of ``torch.topk``.
+
+    On a CPU NumPy selects them: vectorised, and several times as fast. Both take NaN for larger than all numbers.
+
+    Args:
+        table: Log-weights, ``(K, N)``, without a graph.
+        count: How many, at most K.
+
+    Example:
+        >>> largest(torch.tensor([[1.0], [3.0], [2.0]]), 2).flatten()
+        tensor([3., 2.], dtype=torch.float64)
+    """
+    if table.device.type != "cpu":
+        return table.topk(count, dim=0).values.double()
+    table = table if table.dtype in (torch.float32, torch.float64) else table.double()
+    parts = []
+    for part in table.split(max(1, _MAX_ELEMENTS // len(table)), dim=1):
+        rows = part.T.clone(memory_format=torch.contiguous_format).numpy()  # (n, K), its own memory
+        if count < len(table):
+            rows.partition(len(table) - count, axis=1)
+        top = rows[:, len(table) - count :]  # (n, count)
+        top.sort(axis=1)
+        parts.append(torch.from_numpy(top).T.flip(0).double())
+    return torch.cat(parts, dim=1)
 
 
 def pareto_smooth(log_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

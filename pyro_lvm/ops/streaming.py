@@ -1,7 +1,8 @@
 """Everything that :mod:`~pyro_lvm.ops.weights` and :mod:`~pyro_lvm.ops.pareto` say, from chunks of particles.
 
 A table of K x N log-weights never exists: per datum a handful of float64 sums and the tail_size(K) + 1 largest
-log-weights are kept. The numbers agree with the one-shot functions to rounding for every way of cutting K.
+log-weights are kept, and of all data together the latest 32 MiB of log-weights, so that many small chunks cost no more
+than a few large ones. The numbers agree with the one-shot functions to rounding for every way of cutting K.
 """
 
 import math
@@ -11,9 +12,9 @@ import torch
 
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm.errors import ShapeError
-from pyro_lvm.ops.log_space import log_weight_table
+from pyro_lvm.ops.log_space import check_table
 from pyro_lvm.ops.moments import WeightMoments, merge_moments, weight_moments
-from pyro_lvm.ops.pareto import MIN_TAIL, khat_from_tail, tail_size
+from pyro_lvm.ops.pareto import MIN_TAIL, khat_from_tail, largest, tail_size
 from pyro_lvm.ops.status import STATUSES, classify
 
 __all__ = ["WeightAccumulator", "WeightSummary"]
@@ -21,6 +22,8 @@ __all__ = ["WeightAccumulator", "WeightSummary"]
 # Rounding error of a log-weight in units of eps x noise_scale. A sum of n terms errs by about sqrt(n) eps / 2 of their
 # size, so 64 covers tens of thousands of terms; a spread above it that means anything is far larger.
 _NOISE_FACTOR = 64
+_MAX_WAITING = 2**22  # log-weights that wait to be taken in together: 32 MiB
+_MAX_ELEMENTS = 2**17  # of those, how many go through all sums at once: 1 MiB, what a cache holds
 _EVEN = 0.99  # ESS / K from which k-hat, that of a tail of next to nothing, does not make a value unreliable
 
 
@@ -87,6 +90,9 @@ class WeightAccumulator:
         self._noise = zeros  # (N,)
         self._largest = zeros.new_empty(0, self.num_data)  # (up to M+1, N) descending
         self._table_size = tail_size(self.num_particles) + 1
+        rows = min(self.num_particles, max(1, _MAX_WAITING // self.num_data))
+        self._waiting = zeros.new_empty(rows, self.num_data)
+        self._num_waiting = 0
 
     def update(self, log_weights: torch.Tensor, noise_scale: torch.Tensor) -> None:
         """Take in one chunk of k particles; the graph is dropped and the device is not waited for.
@@ -101,28 +107,41 @@ class WeightAccumulator:
             DataTypeError: ``log_weights`` is not a floating tensor.
             ShapeError: not ``(k, N)`` and ``(N,)``.
         """
-        table = log_weight_table(log_weights).detach()  # (k, N)
+        table = check_table(log_weights).detach()  # (k, N)
         if table.shape[1] != self.num_data:
             cure = "Feed every chunk with the same data."
             raise ShapeError(refuse("log_weights", f"shape (k, {self.num_data})", tuple(table.shape), cure))
         if noise_scale.shape != (self.num_data,):
             cure = "Give one size of the summed terms per datum."
             raise ShapeError(refuse("noise_scale", f"shape ({self.num_data},)", tuple(noise_scale.shape), cure))
-        noise = _NOISE_FACTOR * torch.finfo(log_weights.dtype).eps * noise_scale.detach().double()  # (N,)
+        noise = _NOISE_FACTOR * torch.finfo(table.dtype).eps * noise_scale.detach().double()  # (N,)
         self._noise = torch.maximum(self._noise, noise)
-        self._add_log_squares(table)
-        self._moments = merge_moments(self._moments, weight_moments(table))
-        self._smallest = torch.minimum(self._smallest, table.amin(dim=0))
-        self._log_sum = self._log_sum + table.sum(dim=0)
-        pool = torch.cat([self._largest, table])  # (at most M+1+k, N)
-        self._largest = pool.topk(min(self._table_size, len(pool)), dim=0).values
+        while len(table):
+            start, free = self._num_waiting, len(self._waiting) - self._num_waiting
+            now, table = table[:free], table[free:]
+            self._waiting[start : start + len(now)] = now
+            self._num_waiting += len(now)
+            if self._num_waiting == len(self._waiting):
+                self._take_in()
 
-    def _add_log_squares(self, table: torch.Tensor) -> None:
-        """Merge the sum of squared deviations of k more log-weights (Chan, Golub & LeVeque 1983)."""
+    def _take_in(self) -> None:
+        """Add what waits to the sums and to the largest."""
+        waiting, self._num_waiting = self._waiting[: self._num_waiting], 0  # (k, N)
+        for table in waiting.split(max(64, _MAX_ELEMENTS // self.num_data)):
+            self._add_logs(table)
+            self._moments = merge_moments(self._moments, weight_moments(table))
+        pool = torch.cat([self._largest, waiting]) if len(self._largest) else waiting  # (at most M+1+k, N)
+        self._largest = largest(pool, min(self._table_size, len(pool)))
+
+    def _add_logs(self, table: torch.Tensor) -> None:
+        """Merge sum, least and squared deviations of k more log-weights (Chan, Golub & LeVeque 1983)."""
         seen, new = self._moments.count, len(table)
-        mean = table.mean(dim=0)  # (N,)
+        total = table.sum(dim=0)  # (N,)
+        mean = total / new
         between = (mean - self._log_sum / seen).square() * (seen * new / (seen + new)) if seen else 0.0
-        self._log_squares = self._log_squares + (table - mean).square().sum(dim=0) + between
+        self._log_squares = self._log_squares + (table - mean).square_().sum(dim=0) + between
+        self._log_sum = self._log_sum + total
+        self._smallest = torch.minimum(self._smallest, table.amin(dim=0))
 
     def summary(self) -> WeightSummary:
         """The numbers of all particles taken in.
@@ -133,10 +152,12 @@ class WeightAccumulator:
         Raises:
             ShapeError: the number of particles taken in is not ``num_particles``.
         """
-        seen = self._moments.count
+        seen = self._moments.count + self._num_waiting
         if seen != self.num_particles:
             cure = "Every particle counts once: call update until the chunks add up."
             raise ShapeError(refuse("num_particles", f"{self.num_particles} particles", seen, cure))
+        if self._num_waiting:
+            self._take_in()
         value = self._moments.log_mean  # (N,)
         spread = self._moments.shift - self._smallest
         khat = khat_from_tail(self._largest, self._noise)

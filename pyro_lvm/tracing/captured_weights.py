@@ -24,13 +24,22 @@ _COMPARED = 2  # chunks of data on which a graph is compared with a plain run
 
 
 class Tables:
-    """Log-weights of a pair, chunk by chunk."""
+    """Log-weights of a pair, chunk by chunk.
+
+    Attributes:
+        note: how they are made.
+    """
+
+    note = "plain"
 
     def __init__(self, plan: Plan, model: Model, guide: Guide) -> None:
         self.plan, self.model, self.guide = plan, model, guide
 
-    def of(self, batch: Batch) -> Callable[[int], Table]:
-        """For some data, a function of a number of particles K that draws a table ``(K, N)`` at each call."""
+    def of(self, batch: Batch, num_weights: int) -> Callable[[int], Table]:
+        """For some data, a function of a number of particles K that draws a table ``(K, N)`` at each call.
+
+        ``num_weights`` are still to come in all, on these data and on others.
+        """
         proposal = Proposal(self.plan, self.guide, batch)
         return lambda num_particles: weight_table(self.plan, self.model, proposal, num_particles)
 
@@ -53,22 +62,22 @@ class CapturedTables(Tables):
         plan: of the pair.
         model: p(x, z).
         guide: q(z | x).
-        num_weights: how many log-weights there will be in all, from which follows what pays.
 
     Attributes:
-        note: how the tables were made, or why they are plain ones.
+        note: how the tables are made, or why they are plain ones.
     """
 
-    def __init__(self, plan: Plan, model: Model, guide: Guide, num_weights: int) -> None:
+    def __init__(self, plan: Plan, model: Model, guide: Guide) -> None:
         super().__init__(plan, model, guide)
-        self.left, self.calls = num_weights, 0
+        self.left = self.calls = 0
         self.replays: dict[Any, _Replay] = {}
         self.note, self.over = "plain: too short to pay for a capture", False
         if "looped" in (plan.model_mode, plan.guide_mode):
             self._end("the pair runs one particle at a time")
 
-    def of(self, batch: Batch) -> Callable[[int], Table]:
-        """As `Tables.of`."""
+    def of(self, batch: Batch, num_weights: int) -> Callable[[int], Table]:
+        """As `Tables.of`; from the number of weights to come follows what pays."""
+        self.left = num_weights
         proposal = Proposal(self.plan, self.guide, batch)
         shared: dict[int, tuple[torch.Tensor, ...]] = {}  # number of particles -> what the first graph returns
 

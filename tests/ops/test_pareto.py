@@ -236,3 +236,21 @@ def test_errors_name_the_argument():
         ops.fit_generalized_pareto(torch.ones(6, 2, dtype=torch.int64))
     with pytest.raises(ShapeError, match="num_particles: expected 1 or more, got 0"):
         ops.tail_size(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_particles", [1, 2, 40, 401])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_largest_are_those_of_topk(dtype, num_particles, share):
+    """Infinities, NaN, ties and a transposed table included; and the table stays as it is."""
+    torch.manual_seed(8)
+    table = torch.randn(6, num_particles).to(dtype).T
+    table[-1, 1], table[0, 2], table[:, 3], table[0, 4] = -torch.inf, torch.inf, 1.5, torch.nan
+    before, count = table.clone(), max(1, int(share * num_particles))
+    found = pareto.largest(table, count)
+    expected = before.topk(count, dim=0).values.double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(table, before, rtol=0, atol=0, equal_nan=True)
+    single = before[:, :1].contiguous()  # whose transpose is contiguous, and so must be copied
+    assert pareto.largest(single, count).equal(single.topk(count, dim=0).values.double())
+    assert single.equal(before[:, :1])

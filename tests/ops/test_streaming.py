@@ -7,6 +7,7 @@ import torch
 
 from pyro_lvm import ops
 from pyro_lvm.errors import DataTypeError, ShapeError
+from pyro_lvm.ops import streaming
 
 INF, NAN = math.inf, math.nan
 EPS = torch.finfo(torch.float64).eps
@@ -242,3 +243,36 @@ def test_the_record_is_frozen():
     summary = accumulate(torch.zeros(2, 1), 1)
     with pytest.raises(AttributeError):
         summary.value = torch.zeros(1)
+
+
+@pytest.mark.parametrize("waiting", [1, 30, 9 * 64, 9 * 150])
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
+def test_what_waits_and_is_taken_in_together_changes_nothing(monkeypatch, waiting, chunk):
+    """Room for no more than a row, for less than the tail of 60, for some chunks, and for all but a few particles."""
+    log_weights = mixed_data(401)
+    expected = accumulate(log_weights, 401)
+    monkeypatch.setattr(streaming, "_MAX_WAITING", waiting)
+    monkeypatch.setattr(streaming, "_MAX_ELEMENTS", 9 * 64)
+    summary = accumulate(log_weights, chunk)
+    for name in ("value", "stderr", "bias", "elbo", "elbo_stderr", "ess", "khat", "spread", "noise"):
+        rtol = 1e-10 if name == "elbo_stderr" else 1e-12
+        found, wanted = getattr(summary, name), getattr(expected, name)
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-12, equal_nan=True, msg=name)
+    assert summary.status.equal(expected.status)
+
+
+def test_the_chunk_of_the_caller_may_change_afterwards():
+    torch.manual_seed(4)
+    log_weights = torch.randn(50, 3, dtype=torch.float64)
+    accumulator, chunk = ops.WeightAccumulator(3, 50), torch.empty(10, 3, dtype=torch.float64)
+    for part in log_weights.split(10):
+        accumulator.update(chunk.copy_(part), torch.ones(3))
+    chunk.zero_()
+    assert accumulator.summary().value.equal(accumulate(log_weights, 50).value)
+    assert accumulator.summary().khat.equal(accumulate(log_weights, 50).khat)
+
+
+def test_memory_waits_within_its_bound():
+    assert ops.WeightAccumulator(10_000, 5000)._waiting.numel() <= 2**22
+    assert ops.WeightAccumulator(2**22 + 1, 5000)._waiting.shape == (1, 2**22 + 1)
+    assert ops.WeightAccumulator(10, 30)._waiting.shape == (30, 10)

@@ -165,3 +165,16 @@ def test_moments_of_two_parts_merge_to_those_of_the_whole(cut):
     for name in ("shift", "mean", "squares", "log_mean", "relative_variance", "effective_sample_size"):
         expected = getattr(whole, name)
         torch.testing.assert_close(getattr(merged, name), expected, rtol=1e-13, atol=1e-13, equal_nan=True)
+
+
+def test_moments_in_parts_are_the_moments(monkeypatch):
+    """Also of weights that need gradients: the parts are one graph."""
+    torch.manual_seed(3)
+    log_weights = torch.randn(50, 17, dtype=torch.float64, requires_grad=True)
+    whole = ops.standard_error(log_weights)
+    (gradient,) = torch.autograd.grad(whole.sum(), log_weights)
+    monkeypatch.setattr("pyro_lvm.ops.moments._MAX_ELEMENTS", 250)  # five data at once
+    parts = ops.standard_error(log_weights)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(parts.sum(), log_weights)[0], gradient, rtol=1e-10, atol=1e-15)
+    assert ops.effective_sample_size(log_weights.float()).dtype == torch.float64

@@ -41,12 +41,12 @@ def probed(model: Any, guide: Any, batch: Batch, **options: Any) -> Iterator[Pla
         yield probe_pair(model, guide, batch, **options)
 
 
-def drawn(tables: Tables, batches: list[Batch], shapes: tuple[int, ...]) -> list[torch.Tensor]:
+def drawn(tables: Tables, batches: list[Batch], shapes: tuple[int, ...], left: int = 10**9) -> list[torch.Tensor]:
     """Tables of all shapes on all chunks of data, from one random state."""
     torch.manual_seed(4)
     results = []
     for batch in batches:
-        table = tables.of(batch)
+        table = tables.of(batch, left)
         for num_particles in shapes:
             found = table(num_particles)
             results += [found.total, found.magnitude]
@@ -59,7 +59,7 @@ def compared(
     """Draw both ways, and compare."""
     guide = guide or empty_guide
     with probed(model, guide, batches[0], **options) as plan:
-        tables = CapturedTables(plan, model, guide, 10**9)
+        tables = CapturedTables(plan, model, guide)
         expected, got = drawn(Tables(plan, model, guide), batches, shapes), drawn(tables, batches, shapes)
     for one, other in zip(expected, got, strict=True):
         rtol = 1e-9 if one.dtype == torch.float64 else 1e-4
@@ -130,10 +130,10 @@ def test_values_that_the_program_looks_at_are_refused(caplog: pytest.LogCaptureF
 def test_a_short_run_is_not_captured() -> None:
     model, guide, batches = encoded()
     with probed(model, guide, batches[0]) as plan:
-        tables = CapturedTables(plan, model, guide, 1000)
-        drawn(tables, batches, (3, 3, 3, 3))
+        tables = CapturedTables(plan, model, guide)
+        drawn(tables, batches, (3, 3, 3, 3), left=1000)
     assert tables.note.startswith("plain: too short")
-    assert tables.left == 1000 - 3 * 4 * 3 * 4
+    assert tables.left == 1000 - 3 * 4 * 4
 
 
 @pytest.mark.slow

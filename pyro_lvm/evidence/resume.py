@@ -1,0 +1,221 @@
+"""An estimate that outlives its process: finished chunks of data, kept in a directory while it runs.
+
+``columns.npy`` holds the results, ``(columns, N)`` float64, mapped into memory. ``state.pt`` says how many of them
+count, and in which states the generators of random numbers were when the last of them was finished; it is written
+beside and then renamed, after the results are on disk. Whenever the process ends, the two fit together. Neither is a
+pickle of objects: what is read runs no code.
+"""
+
+import hashlib
+import math
+import os
+import pickle
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_lvm._checks import refuse
+from pyro_lvm._typing import Guide, Model
+from pyro_lvm.errors import DatasetError, ParameterError
+from pyro_lvm.evidence.columns import COLUMNS, Columns
+from pyro_lvm.tracing.batch import Batch, Rows
+from pyro_lvm.tracing.isolation import evaluation_rng, validation
+from pyro_lvm.tracing.params import anchor
+from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, run_pair
+from pyro_lvm.tracing.weights import Proposal, weight_table
+
+__all__ = ["Checkpoint", "Progress", "fingerprint"]
+
+_SECONDS = 1.0  # between two saves: what a killed process loses beside the chunk in progress
+_CLOSE = 1e-3  # relative difference that log-weights of one pair on one x may have between machines
+_SECRET = ("x", "parameters")  # digests, of which a message need not show the figures
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an estimate is.
+
+    Attributes:
+        rows: data that are finished.
+        results: their results: as many, or one joint one.
+        chunks: (data, particles) computed at once by now; running out of memory makes it smaller.
+        dtype: of the log-weights.
+    """
+
+    rows: int
+    results: int
+    chunks: tuple[int, int]
+    dtype: str
+
+
+class Checkpoint:
+    """The directory of one estimate.
+
+    Args:
+        path: the directory; made if it is not there.
+        expected: `fingerprint` of the call.
+        columns: the results, which `load` fills and `save` writes.
+        device: whose generator is kept beside that of the CPU.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], expected: Mapping[str, Any], columns: Columns, device: torch.device
+    ) -> None:
+        self.path, self.expected, self.columns, self.device = Path(path), dict(expected), columns, device
+        self.resumed_at: list[int] = []
+        self._latest: tuple[Progress, dict[str, Any]] | None = None
+        self._saved, self._time = 0, time.monotonic()
+
+    def load(self) -> Progress | None:
+        """Fill the results, and set the generators as they were after them; None if nothing is kept.
+
+        Raises:
+            ParameterError: the directory belongs to another call; the message says what differs.
+            DatasetError: its files are damaged.
+        """
+        if not (self.path / "state.pt").exists():
+            return None
+        with self._told():
+            state = torch.load(self.path / "state.pt", weights_only=True)
+            progress = Progress(**state["progress"])
+            found, generators, self.resumed_at[:] = state["fingerprint"], state["generators"], state["resumed_at"]
+        self._check(found)
+        with self._told():
+            table = torch.from_numpy(self._open("r+")[:, : progress.results])
+        self.columns.read(table)
+        self._saved = progress.results
+        if progress.results < len(self.columns):
+            self.resumed_at.append(progress.rows)
+            _set_generators(generators, self.device)
+        return progress
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever goes wrong in reading, say which files and what to do."""
+        try:
+            yield
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            cure = f"Delete {self.path} to begin anew."
+            raise DatasetError(
+                refuse("resume", f"what log_marginal keeps in {self.path}", repr(error), cure)
+            ) from error
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        other = [name for name in self.expected | dict(found) if not _same(self.expected.get(name), found.get(name))]
+        if other:
+            words = (n if n in _SECRET else f"{n} ({found.get(n)} there, {self.expected.get(n)} here)" for n in other)
+            cure = f"Pass another path, or delete {self.path} to begin anew."
+            got = f"one that differs in {', '.join(words)}"
+            raise ParameterError(refuse("resume", f"the call that {self.path} was begun with", got, cure))
+
+    def note(self, progress: Progress) -> None:
+        """A chunk of data is finished; from time to time it is saved at once."""
+        self._latest = progress, _generators(self.device)
+        if time.monotonic() - self._time >= _SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is finished: first the results, then the state that counts them."""
+        if self._latest is None:
+            return
+        progress, generators = self._latest
+        self.path.mkdir(parents=True, exist_ok=True)
+        table = self._open("r+" if self._saved else "w+")
+        table[:, self._saved : progress.results] = self.columns.table(self._saved, progress.results).numpy()
+        table.flush()
+        state = {"fingerprint": self.expected, "progress": asdict(progress), "generators": generators}
+        with open(self.path / "state.tmp", "wb") as file:
+            torch.save(state | {"resumed_at": self.resumed_at}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.path / "state.tmp", self.path / "state.pt")
+        self._saved, self._time = progress.results, time.monotonic()
+
+    def _open(self, mode: Any) -> np.memmap:
+        shape = (len(COLUMNS), len(self.columns))
+        if mode == "w+":
+            return np.lib.format.open_memmap(self.path / "columns.npy", mode, np.float64, shape)
+        table = np.lib.format.open_memmap(self.path / "columns.npy", mode)
+        if table.shape != shape or table.dtype != np.float64:
+            raise OSError(f"columns.npy holds {table.dtype} {table.shape}")
+        return table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether two calls are one.
+
+
+def fingerprint(plan: Plan, model: Model, guide: Guide, source: Rows, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells calls apart: options, the parameters, and the first and last rows with their log-weights.
+
+    The log-weights, of one draw with a seed of their own, see what has no name: a constant in the code of a model.
+    """
+    last = len(source) - min(PROBE_ROWS, len(source))
+    ends = (slice(0, len(source)),) if plan.tied else (slice(0, PROBE_ROWS), slice(last, len(source)))
+    log_weights, data, parameters = [], hashlib.sha256(), hashlib.sha256()
+    for rows in ends:
+        with evaluation_rng(0, [options["device"]]), validation(False):
+            batch = source.rows(rows)
+            run = run_pair(model, guide, batch)
+            log_weights.append(float(weight_table(plan, model, Proposal(plan, guide, batch), 1).total.sum()))
+        _add(data, _arguments(batch))
+    sites = [(n, s["value"]) for t in (run.model, run.guide) for n, s in t.items() if s["type"] == "param"]
+    owners = [owner for owner in map(anchor, (model, guide)) if isinstance(owner, torch.nn.Module)]
+    _add(parameters, [*sites, *(item for owner in owners for item in owner.state_dict().items())])
+    found: dict[str, Any] = {name: str(value) for name, value in options.items()}
+    found |= {"num_data": str(len(source)), "dtype": str(batch.args[0].dtype), "data_plate": plan.model_layout.plate}
+    found |= {"particles": f"model {plan.model_mode}, guide {plan.guide_mode}", "log_weights": log_weights}
+    return found | {"x": data.hexdigest(), "parameters": parameters.hexdigest()}
+
+
+def _arguments(batch: Batch) -> Iterable[tuple[str, Any]]:
+    return ((str(i), argument) for i, argument in enumerate(batch.args))
+
+
+def _add(digest: Any, items: Iterable[tuple[str, Any]]) -> None:
+    """Names and values of tensors and of plain arguments."""
+    for name, value in items:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, str | int | float | None):
+            digest.update(f"{name} {value!r}".encode())
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, or numbers that are close."""
+    if not (isinstance(one, list) and isinstance(other, list)):
+        return bool(one == other)
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=_CLOSE, abs_tol=_CLOSE) or (a != a and b != b)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random numbers.
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The states of all generators, in types that are read without running code."""
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    _, keys, *rest = legacy
+    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    states |= {"numpy": (torch.from_numpy(keys.astype(np.int64)), *rest)}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    keys, *rest = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
