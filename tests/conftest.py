@@ -7,6 +7,8 @@ import pyro
 import pytest
 import torch
 
+import pyro_lvm.tracing.capture as capture
+
 torch.set_num_threads(1)  # the tensors of tests are small, and cores are shared
 
 
@@ -31,3 +33,14 @@ def _nothing_leaks() -> Iterator[None]:
     pyro.clear_param_store()
     after = _global_state()
     assert after == before
+
+
+@pytest.fixture
+def captured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture however short a run is, and compile nothing."""
+
+    def no_compiler(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(capture, "COMPILE_SECONDS", -1.0)
+    monkeypatch.setattr(torch._inductor, "compile", no_compiler)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.params import add_to_store, anchor, current_params
 
-__all__ = ["Graph", "NotCapturable", "agree", "capture", "hoisted", "pays"]
+__all__ = ["Graph", "NotCapturable", "agree", "capture", "hoisted", "likeness", "pays"]
 
 #: About what it costs to compile a graph, in seconds; a run that would not earn it back does without.
 COMPILE_SECONDS = 15.0
@@ -49,12 +49,10 @@ class Graph:
     Attributes:
         module: the operations; its placeholders are the inputs and then the tensors that are held.
         held: parameters, buffers and other tensors that the programs refer to; their current values are used.
-        compiled: whether `compile` has fused the operations.
     """
 
     def __init__(self, module: GraphModule, held: Sequence[torch.Tensor]) -> None:
         self.module, self.held = module, tuple(held)
-        self.compiled = False
         self._run: Function = module
         self._recording: _Recording | None = None
 
@@ -95,7 +93,6 @@ class Graph:
         if not agree(expected, got, 1e4, sum(tensor.numel() for tensor in inputs)):
             self._run, self._recording = as_it_is
             raise NotCapturable("compiled it gives other numbers")
-        self.compiled = True
 
     def record(self, *inputs: torch.Tensor) -> None:
         """Replay as one launch on CUDA from now on; results are overwritten by the next replay."""
@@ -133,6 +130,13 @@ def agree(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor], factor:
     distance = sum(float((a - b).double().square().sum()) for a, b in zip(expected, got, strict=True)) ** 0.5
     eps = max(torch.finfo(tensor.dtype).eps for tensor in expected if tensor.is_floating_point())
     return distance <= eps * (factor * size + 100 * terms)
+
+
+def likeness(arg: Any) -> Any:
+    """What two arguments of programs share that one graph serves: all but the values of a tensor."""
+    if isinstance(arg, torch.Tensor):
+        return arg.shape, arg.stride(), arg.dtype, arg.device
+    return (type(arg), arg) if isinstance(arg, bool | int | float | str) else id(arg)
 
 
 def capture(function: Function, inputs: Sequence[torch.Tensor], programs: Sequence[Any]) -> Graph:

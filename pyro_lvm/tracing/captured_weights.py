@@ -10,7 +10,7 @@ import torch
 
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.tracing.batch import Batch
-from pyro_lvm.tracing.capture import Graph, NotCapturable, capture, hoisted, pays
+from pyro_lvm.tracing.capture import Graph, NotCapturable, capture, hoisted, likeness, pays
 from pyro_lvm.tracing.probe import Plan
 from pyro_lvm.tracing.tables import Table, agree
 from pyro_lvm.tracing.weights import Proposal, weight_table
@@ -84,7 +84,7 @@ class CapturedTables(Tables):
         def table(num_particles: int) -> Table:
             if self.over:
                 return weight_table(self.plan, self.model, proposal, num_particles)
-            replay = self.replays.setdefault((_likeness(batch), num_particles), _Replay())
+            replay = self.replays.setdefault((*map(likeness, batch.args), num_particles), _Replay())
             replay.calls += 1
             self.calls += 1
             try:
@@ -167,11 +167,3 @@ class CapturedTables(Tables):
         if replay.calls <= _TIMED:
             replay.seconds += time.perf_counter() - started
         return table
-
-
-def _likeness(batch: Batch) -> Any:
-    """What two chunks of data share that one graph serves."""
-    return tuple(
-        (arg.shape, arg.stride(), arg.dtype, arg.device) if isinstance(arg, torch.Tensor) else id(arg)
-        for arg in batch.args
-    )

@@ -16,7 +16,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_lvm.objectives.annealing import KLAnnealing
-from pyro_lvm.tracing.capture import Graph, NotCapturable, agree, capture, pays
+from pyro_lvm.tracing.capture import Graph, NotCapturable, agree, capture, likeness, pays
 from pyro_lvm.tracing.params import anchor
 from pyro_lvm.training.fused_adam import FusedAdam, Slice
 from pyro_lvm.training.objective import Args, Objective
@@ -76,7 +76,7 @@ class CapturedStep:
         self.calls += 1
         if self.over:
             return self.plain(batch)
-        key = (*map(_likeness, batch), *(module.training for module in self.modules))
+        key = (*map(likeness, batch), *(module.training for module in self.modules))
         replay = self.replays.setdefault(key, _Replay())
         replay.calls += 1
         try:
@@ -117,7 +117,7 @@ class CapturedStep:
         """The tensors of a step: the weight of the KL terms, where that is annealed, and those of the batch."""
         loss = self.objective.loss
         device = batch[0].device
-        weight = [torch.tensor(loss.beta, device=device)] if isinstance(loss, KLAnnealing) else []
+        weight = [torch.tensor(loss.beta, dtype=torch.float64, device=device)] if isinstance(loss, KLAnnealing) else []
         return weight + [arg for arg in batch if isinstance(arg, torch.Tensor)]
 
     def _compared(self, replay: _Replay, batch: Args) -> Outcome:
@@ -160,7 +160,8 @@ class CapturedStep:
             outcome = self.plain.outcome
         else:
             self.adam.step(replay.slices, gradients, finite)
-            outcome = Outcome(loss, finite, finite)
+            finite = finite.clone()
+            outcome = Outcome(loss.clone(), finite, finite)  # on CUDA the next replay overwrites what this one returned
         replay.seconds += time.perf_counter() - started
         if replay.calls == 3 + _TIMED:
             self._compile_if_it_pays(replay, inputs)
@@ -176,13 +177,6 @@ class CapturedStep:
             replay.graph.compile(*inputs)
         except NotCapturable as error:
             self._note(f"compile=True: the captured step runs as it is, because {error}")
-
-
-def _likeness(arg: Any) -> Any:
-    """What two arguments share that one graph serves."""
-    if isinstance(arg, torch.Tensor):
-        return arg.shape, arg.stride(), arg.dtype, arg.device
-    return (type(arg), arg) if isinstance(arg, bool | int | float | str) else id(arg)
 
 
 def _loss_and_gradients(

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-import pyro_lvm.tracing.capture as capture
 from pyro_lvm import log_marginal
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.guides import DiagonalNormal
@@ -22,18 +21,7 @@ def pair() -> tuple[DeepGaussian, DiagonalNormal]:
     return DeepGaussian(MLP(2, [8], 6), 2), DiagonalNormal(2, MLP(6, [8], 4))
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture however short a run is, and compile nothing."""
-
-    def no_compiler(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(capture, "COMPILE_SECONDS", -1.0)
-    monkeypatch.setattr(torch._inductor, "compile", no_compiler)
-
-
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("captured_at_once")
 @pytest.mark.parametrize("chunks", [(10, 30), (4, 30), (10, 33)])  # the last of data, and of particles, is smaller
 def test_the_same_results(chunks: tuple[int, int]) -> None:
     model, guide = pair()
@@ -47,7 +35,7 @@ def test_the_same_results(chunks: tuple[int, int]) -> None:
         torch.testing.assert_close(getattr(plain, column), getattr(replayed, column), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("captured_at_once")
 def test_with_half_precision_and_resumed(tmp_path: Path) -> None:
     model, guide = pair()
     options: dict[str, Any] = {"num_particles": 240, "chunks": (5, 30), "seed": 3, "model_dtype": torch.bfloat16}

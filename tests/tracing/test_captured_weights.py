@@ -24,17 +24,6 @@ from pyro_lvm.tracing.weights import evaluation
 from tests.references import ENUMERATED, ORACLES, Pair
 
 
-@pytest.fixture
-def as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture at once, compile nothing."""
-
-    def no_compiler(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(capture, "COMPILE_SECONDS", -1.0)
-    monkeypatch.setattr(torch._inductor, "compile", no_compiler)
-
-
 @contextmanager
 def probed(model: Any, guide: Any, batch: Batch, **options: Any) -> Iterator[Plan]:
     with evaluation(model, guide), torch.no_grad(), validation(False):
@@ -76,7 +65,7 @@ def encoded(conv: bool = False) -> tuple[Any, Any, list[Batch]]:
     return DeepGaussian(decoder, 2), DiagonalNormal(2, encoder), [batch.rows(slice(i, i + 4)) for i in (0, 4, 8)]
 
 
-@pytest.mark.usefixtures("as_it_is")
+@pytest.mark.usefixtures("captured_at_once")
 @pytest.mark.parametrize("name", ORACLES | ENUMERATED)
 def test_every_oracle(name: str) -> None:
     pair: Pair = (ORACLES | ENUMERATED)[name](5)
@@ -86,7 +75,7 @@ def test_every_oracle(name: str) -> None:
     assert tables.note.startswith("plain" if name.startswith("sequential") else "captured")
 
 
-@pytest.mark.usefixtures("as_it_is")
+@pytest.mark.usefixtures("captured_at_once")
 @pytest.mark.parametrize("conv", [False, True])
 def test_what_the_data_alone_determine_runs_once_for_each_chunk(conv: bool) -> None:
     model, guide, batches = encoded(conv)
@@ -101,7 +90,7 @@ def test_what_the_data_alone_determine_runs_once_for_each_chunk(conv: bool) -> N
             assert any("normal" in name or "rand" in name for name in late)
 
 
-@pytest.mark.usefixtures("as_it_is")
+@pytest.mark.usefixtures("captured_at_once")
 def test_flows_and_arguments() -> None:
     torch.manual_seed(0)
     batch = make_batch((torch.rand(12, 6) < 0.5).float(), ())
@@ -109,7 +98,7 @@ def test_flows_and_arguments() -> None:
     assert tables.note.startswith("captured")
 
 
-@pytest.mark.usefixtures("as_it_is")
+@pytest.mark.usefixtures("captured_at_once")
 def test_values_that_the_program_looks_at_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):

@@ -10,6 +10,7 @@ from pyro.infer import Trace_ELBO
 from torch.distributions import Distribution
 
 import pyro_lvm.tracing.capture as capture
+import pyro_lvm.training.engine as engine
 from pyro_lvm.guides import DiagonalNormal, Flow, FullRankNormal
 from pyro_lvm.models import DeepGaussian
 from pyro_lvm.nn import MLP
@@ -175,6 +176,23 @@ def test_losses_that_are_read_together():
     ledger.write(Outcome(4.0, finite=True, updated=True), num_data=2, epoch=2, seconds=3.0)
     ledger.settle()
     assert (state.loss, ledger.streak, state.epoch, state.updated) == (2.0, 0, 2, True)
+
+
+def test_results_that_the_next_replay_overwrites(monkeypatch):
+    """As on CUDA, where a replay always writes to the same tensors, and losses are read for many steps at once."""
+    replay, buffers = capture.Graph.__call__, {}
+
+    def overwriting(self, *inputs):
+        results = replay(self, *inputs)
+        own = buffers.setdefault(id(self), [torch.empty_like(result) for result in results])
+        return tuple(buffer.copy_(result) for buffer, result in zip(own, results, strict=True))
+
+    plain, _ = trained(*PAIRS["plain"], False)
+    monkeypatch.setattr(capture.Graph, "__call__", overwriting)
+    monkeypatch.setattr(engine, "Ledger", lambda state, every: Ledger(state, every=7))
+    replayed, _ = trained(*PAIRS["plain"], True)
+    assert replayed.captured == 44
+    assert_equal(plain, replayed)
 
 
 @pytest.mark.gpu
