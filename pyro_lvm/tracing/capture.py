@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.params import add_to_store, anchor, current_params
+from pyro_lvm.tracing.products import with_faster_products
 
 __all__ = ["Graph", "NotCapturable", "agree", "capture", "hoisted", "likeness", "pays"]
 
@@ -63,13 +64,8 @@ class Graph:
 
     def tried(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What a replay would return, and the values of what it would change; nothing is, and no number is drawn."""
-        before = [(tensor, tensor.clone()) for tensor in self._changed()]
-        with torch.random.fork_rng(devices={t.device for t in inputs if t.is_cuda}), torch.no_grad():
-            results = [tensor.clone() for tensor in self(*inputs)]
-            for tensor, value in before:
-                results.append(tensor.clone())
-                tensor.copy_(value)
-        return tuple(results)
+        with self._undone(inputs) as changed:
+            return tuple(tensor.clone() for tensor in [*self(*inputs), *changed])
 
     def compile(self, *inputs: torch.Tensor) -> None:
         """Fuse the operations by Inductor, for inputs like these; the random numbers stay those of a plain run.
@@ -78,12 +74,15 @@ class Graph:
             NotCapturable: there is no compiler, it fails, or its numbers are others; the graph then stays as it is.
         """
         expected, as_it_is = self.tried(*inputs), (self._run, self._recording)
+        everything: list[Any] = [*inputs, *self.held]
         # Straight to Inductor: torch.compile would look up guards at each call, count recompilations of this module
         # over the whole process, and switch the validation of distributions off for good.
         try:
             with validation(False), torch.no_grad():
                 options: Any = {"fallback_random": True}
-                self._run = torch._inductor.compile(self.module, [*inputs, *self.held], options=options)  # type: ignore[assignment]
+                with self._undone(inputs):
+                    module = with_faster_products(self.module, everything)
+                self._run = torch._inductor.compile(module, everything, options=options)  # type: ignore[assignment]
                 if self._recording:
                     self.record(*inputs)
             got = self.tried(*inputs)
@@ -99,6 +98,15 @@ class Graph:
         self._recording = None
         self.tried(*inputs)  # what the first run allocates is no part of the recording
         self._recording = _Recording(self, inputs)
+
+    @contextmanager
+    def _undone(self, inputs: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Put back what a run changes, batch statistics and the random state; gives the tensors that it changes."""
+        before = [(tensor, tensor.clone()) for tensor in self._changed()]
+        with torch.random.fork_rng(devices={t.device for t in inputs if t.is_cuda}), torch.no_grad():
+            yield [tensor for tensor, _ in before]
+            for tensor, value in before:
+                tensor.copy_(value)
 
     def _changed(self) -> list[torch.Tensor]:
         """The held tensors that a replay changes: batch statistics."""

@@ -94,8 +94,7 @@ class GuardedOptimizer(PyroOptim):
         tensors += [live for live, _ in self._before.values()]
         if self.check_loss:
             tensors.append(torch.as_tensor(self.loss))
-        # A sum is finite only if all its terms are, and is far cheaper than a look at each; it may overflow.
-        return _all(tensors, lambda t: t.sum().isfinite()) or _all(tensors, lambda t: t.isfinite().all())
+        return _all_finite(tensors)
 
     def _update(self, chosen: dict[str, torch.Tensor]) -> None:
         self._adopt(chosen)
@@ -121,7 +120,7 @@ class GuardedOptimizer(PyroOptim):
         """Take the latest update back if it made a parameter infinite or NaN, which finite gradients can do."""
         store = pyro.get_param_store()
         with torch.no_grad():
-            if not all(bool(store[name].isfinite().all()) for name in self._before if name in store):
+            if not _all_finite([store[name] for name in self._before if name in store]):
                 for live, value in self._before.values():
                     live.copy_(value)
 
@@ -143,6 +142,11 @@ def _made(make: MakeOptimizer, params: list[torch.Tensor]) -> torch.optim.Optimi
         cure = "Pass a function such as `lambda params: torch.optim.Adam(params, lr=1e-3)`."
         raise DataTypeError(refuse("optim", "a first-order torch optimizer", type(optimizer).__name__, cure))
     return optimizer
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    # A sum is finite only if all its terms are, and is far cheaper than a look at each; it may overflow.
+    return _all(tensors, lambda t: t.sum().isfinite()) or _all(tensors, lambda t: t.isfinite().all())
 
 
 def _all(tensors: list[torch.Tensor], test: Callable[[torch.Tensor], torch.Tensor]) -> bool:
