@@ -20,6 +20,7 @@ from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.resume import Checkpoint, Progress, fingerprint
 from pyro_lvm.ops import DOUBTFUL, STATUSES, WeightAccumulator, WeightSummary
+from pyro_lvm.ops.memory import keep_freed_memory
 from pyro_lvm.tracing.batch import DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -164,7 +165,7 @@ class _Job:
 
     def run(self, progress: bool | None) -> None:
         """Fill the columns; with the data that are finished when Ctrl-C comes."""
-        _keep_freed_memory()
+        keep_freed_memory()
         num_data, done = len(self.source), self._load()
         total = num_data * self.num_particles
         shows = {"unit": " weights", "unit_scale": True, "disable": not shown(progress)}
@@ -219,15 +220,6 @@ class _Job:
         if not (isinstance(error, MemoryError) or any(word in str(error) for word in words)) or data * particles == 1:
             raise error
         self.chunks = (data, particles // 2) if particles > 1 else (data // 2, 1)
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc reuse the memory of a chunk for the next, where it would give it back and clear new pages.
-
-    It does so once a block as large as its limit, 32 MiB, was freed (mallopt(3), M_MMAP_THRESHOLD); a fifth of the time
-    of an estimate on a CPU. Nothing is touched, and elsewhere nothing happens.
-    """
-    torch.empty(33_500_000, dtype=torch.uint8)
 
 
 def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:

@@ -20,6 +20,7 @@ from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError
 from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
+from pyro_lvm.ops.memory import keep_freed_memory
 from pyro_lvm.tracing.isolation import eval_mode, validation
 from pyro_lvm.tracing.params import anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
@@ -150,6 +151,7 @@ class Engine:
         step = self.captured or plain
         if isinstance(objective.loss, ELBO):
             self._forget_initial_values()
+        keep_freed_memory()
         started = time.perf_counter()
         try:
             with _bar(progress, total) as bar:
