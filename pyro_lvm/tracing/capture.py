@@ -5,14 +5,17 @@ Pyro and Python do in between. What is no tensor is frozen: `capture` refuses a 
 who replays compares with a plain run now and then.
 """
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyro.infer.util
 import pyro.util
 import torch
+from pyro.infer.util import Dice
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -157,8 +160,8 @@ def capture(function: Function, inputs: Sequence[torch.Tensor], programs: Sequen
     """
     before = current_params()
     try:
-        with _traceable(), _untouched(programs):
-            module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        with _untouched(programs):
+            module = make_fx(_traceable()(function), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             held = _lift(module)
     except Exception as error:
         raise NotCapturable(_reason(error)) from error
@@ -267,23 +270,42 @@ def _is_random(node: Node) -> bool:
     return _is_operation(node) and torch.Tag.nondeterministic_seeded in operation.tags
 
 
-class _NoItem(TorchFunctionMode):
-    """``tensor.item()`` stays a tensor: Pyro's losses add up numbers that they read from each site."""
+class _NoValues(TorchFunctionMode):
+    """Pyro reads values in two places: it adds up numbers, and in a sum over a latent asks whether to leave zeros out.
+
+    ``tensor.item()`` stays a tensor; nothing is left out, and `_expectation` takes care of the zeros.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0].detach() if func is torch.Tensor.item else func(*args, **(kwargs or {}))
+        if func is torch.Tensor.item:
+            return args[0].detach()
+        if func is torch.Tensor.all and sys._getframe(1).f_code is Dice.compute_expectation.__code__:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def _expectation(prob: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """The sum of ``prob * cost``, in which a cost of no probability counts for nothing, infinite or not."""
+    return (prob * torch.where(prob > 0, cost, 0.0)).sum()
 
 
 @contextmanager
 def _traceable() -> Iterator[None]:
     """Pyro without what reads values: validation, numbers read from each site, the search for NaN in a loss."""
-    saved = pyro.util.torch_isnan, pyro.util.torch_isinf
-    pyro.util.torch_isnan = pyro.util.torch_isinf = lambda _: False  # type: ignore[assignment]
+    changes: list[tuple[Any, str, Any]] = [
+        (pyro.util, "torch_isnan", lambda _: False),
+        (pyro.util, "torch_isinf", lambda _: False),
+        (pyro.infer.util, "_fulldot", _expectation),
+    ]
+    saved = [getattr(module, name) for module, name, _ in changes]
+    for module, name, ours in changes:
+        setattr(module, name, ours)
     try:
-        with validation(False), _NoItem():
+        with validation(False), _NoValues():
             yield
     finally:
-        pyro.util.torch_isnan, pyro.util.torch_isinf = saved
+        for (module, name, _), value in zip(changes, saved, strict=True):
+            setattr(module, name, value)
 
 
 @contextmanager

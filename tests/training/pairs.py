@@ -3,7 +3,7 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.distributions import constraints
 
@@ -80,6 +80,61 @@ def subsampled():
     return model, guide
 
 
+def mixture():
+    """A latent that the model sums out."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=pyro.param("weights", torch.zeros(3))))
+            logits = pyro.param("logits", torch.eye(3, 6))[k]
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    return model, None
+
+
+def component(enumerate):
+    """A mixture of latents, over whose component the guide sums; some of its probabilities are 0."""
+
+    def make():
+        torch.manual_seed(0)
+        encoder, decoder = nn.Linear(6, 7), nn.Linear(2, 6)
+
+        def model(x):
+            pyro.module("decoder", decoder)
+            centers = pyro.param("centers", torch.tensor([[-1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
+            with pyro.plate("data", len(x)):
+                k = pyro.sample("k", dist.Categorical(logits=pyro.param("weights", torch.zeros(3))))
+                z = pyro.sample("z", dist.Normal(centers[k], 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+        def guide(x):
+            pyro.module("encoder", encoder)
+            with pyro.plate("data", len(x)):
+                loc, log_scale, logits = encoder(x).split([2, 2, 3], -1)
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+                possible = torch.cat([x.new_ones(len(x), 1), x[:, :2]], -1) > 0
+                logits = torch.where(possible, logits, -torch.inf)
+                pyro.sample("k", dist.Categorical(logits=logits), infer={"enumerate": enumerate})
+
+        return model, guide
+
+    return make
+
+
+def hidden_markov():
+    """A chain of latents that are summed out one after the other."""
+
+    def model(x):
+        change, emit = pyro.param("change", torch.eye(3) * 2), pyro.param("emit", torch.linspace(-1, 1, 3))
+        with pyro.plate("data", len(x)):
+            k = 0
+            for t in pyro.markov(range(6)):
+                k = pyro.sample(f"k_{t}", dist.Categorical(logits=change[k]), infer={"enumerate": "parallel"})
+                pyro.sample(f"x_{t}", dist.Bernoulli(logits=emit[k]), obs=x[:, t])
+
+    return model, lambda x: None
+
+
 def own(**options):
     def make():
         pair = Pair(**options)
@@ -108,6 +163,14 @@ PAIRS = {
         own(discrete=True),
         lambda: ImportanceWeightedELBO(2, "reinforce", baseline=nn.Sequential(nn.Linear(6, 1))),
     ),
+    "mixture": (mixture, lambda: None),
+    "guide that sums": (component("parallel"), lambda: TraceEnum_ELBO(max_plate_nesting=1)),
+    "guide that sums, particles": (
+        component("parallel"),
+        lambda: TraceEnum_ELBO(max_plate_nesting=1, num_particles=3, vectorize_particles=True),
+    ),
+    "guide that sums in a loop": (component("sequential"), lambda: TraceEnum_ELBO(max_plate_nesting=1)),
+    "hidden Markov": (hidden_markov, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
     "a function": (own(), lambda: lambda model, guide, x: Trace_ELBO().differentiable_loss(model, guide, x) * 2),
 }
 

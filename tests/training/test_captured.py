@@ -144,7 +144,10 @@ def test_guides_of_the_library(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "dropout", "batch statistics", "score function", "functions", "annealed"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "dropout", "batch statistics", "score function", "functions", "annealed", "mixture"],
+)
 def test_the_same_parameters_compiled(name, monkeypatch, caplog):
     """By Inductor, which rounds otherwise."""
     monkeypatch.setattr(capture, "COMPILE_SECONDS", -1.0)
