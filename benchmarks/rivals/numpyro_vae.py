@@ -1,7 +1,6 @@
 """Contenders in NumPyro: the networks of `problems.VAE`, with the same weights, as functions of JAX arrays."""
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.optim import Adam
 from torch import nn
 
+from benchmarks.rivals.evidence import best
 from benchmarks.rivals.problems import VAE, Problem, make
 from benchmarks.rounds import Turn
 
@@ -100,15 +100,11 @@ def importance(problem: Problem, turn: Turn) -> dict[str, int]:
     loss = RenyiELBO(alpha=0.0, num_particles=problem.num_particles).loss
     bound = jax.jit(lambda key, x: -loss(key, params, pair.model, pair.guide, x))
 
-    def seconds(block: int) -> float:
-        """Of an image."""
-        bound(jax.random.key(0), pair.x[:block]).block_until_ready()
-        before = time.perf_counter()
+    def work(block: int) -> None:
         bound(jax.random.key(1), pair.x[:block]).block_until_ready()
-        return (time.perf_counter() - before) / block
 
     turn()
-    block = min((b for b in BLOCKS if problem.num_data % b == 0), key=seconds)
+    block = best(work, [b for b in BLOCKS if problem.num_data % b == 0])
     number, going = 0, True
     while going:
         total = 0.0
