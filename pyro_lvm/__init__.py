@@ -13,6 +13,7 @@ from pyro_lvm._version import __version__
 from pyro_lvm.compare import compare
 from pyro_lvm.comparison import Comparison
 from pyro_lvm.errors import (
+    CheckpointError,
     DatasetError,
     DataTypeError,
     ParameterError,
@@ -31,6 +32,7 @@ from pyro_lvm.tracing import elbo, log_weights
 from pyro_lvm.training import FitResult, best_of, callbacks, fit
 
 __all__ = [
+    "CheckpointError",
     "Comparison",
     "DataTypeError",
     "DatasetError",

@@ -1,12 +1,14 @@
 """`Comparison`: several pairs measured on the same data, as a table, a page, a picture or numbers."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyro_lvm._json import read_json, refused, write_json
 from pyro_lvm.evidence import LogMarginal
 from pyro_lvm.evidence.record import to_arviz
 from pyro_lvm.table import TextTable
@@ -184,6 +186,29 @@ class Comparison:
         frame = pd.DataFrame(records, index=pd.Index([row.name for row in self.rows], name="pair"))
         shares = [column for column in frame.columns if column.startswith("share_")]
         return frame.fillna(dict.fromkeys(shares, 0.0))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the comparison with the records of all runs as a JSON file, over what was there."""
+        rows = [vars(row) | {"runs": [run.to_dict() for run in row.runs]} for row in self.rows]
+        reference = None if self.reference is None else self.reference.to_dict()
+        content = {"rows": rows, "ranked_by": self.ranked_by, "reference": reference, "notes": self.notes}
+        write_json(path, "Comparison", content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Comparison":
+        """Read what `save` wrote; tensors are on the CPU.
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, of another kind, or of a newer format.
+        """
+        content = read_json(path, "Comparison")
+        with refused(path, "Comparison"):
+            rows = [
+                ComparisonRow(**row | {"runs": tuple(LogMarginal.from_dict(run) for run in row["runs"])})
+                for row in content["rows"]
+            ]
+            reference = None if content["reference"] is None else LogMarginal.from_dict(content["reference"])
+            return cls(tuple(rows), content["ranked_by"], reference, tuple(content["notes"]))
 
     def to_datatree(self) -> "xarray.DataTree":
         """One group a row, each a `LogMarginal` (of its first training run) as `LogMarginal.to_datatree` gives it."""

@@ -1,6 +1,7 @@
 """Errors and warnings of the package. Every message names what was expected, what came and the cure."""
 
 __all__ = [
+    "CheckpointError",
     "DatasetError",
     "DataTypeError",
     "ParameterError",
@@ -44,6 +45,10 @@ class DataTypeError(PyroLVMError, TypeError):
 
 class DatasetError(PyroLVMError, RuntimeError):
     """A data set is not where it was looked for, or its files are damaged."""
+
+
+class CheckpointError(PyroLVMError, RuntimeError):
+    """What was saved is damaged, of a newer format, or belongs to something else."""
 
 
 class UnreliableEstimateWarning(UserWarning):

@@ -8,7 +8,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore::pyro_lvm.UnreliableEstimateWarning")  # the verdict that it prints says it
-def test_python_blocks_run_in_order(capsys):
+def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for the file that is saved
     torch.manual_seed(0)
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):

@@ -8,6 +8,7 @@ from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Data, DataPlate
 from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.evidence.data import data_provenance, data_source
+from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import DataArgs
 from pyro_lvm.tracing.weights import evaluation
@@ -52,9 +53,11 @@ def closed_form(
         raise DataTypeError(refuse("model", "an object with an exact log_prob", type(model).__name__, cure))
     source = data_source(x, args, data_args, device)
     parts = []
+    digest = DataDigest()
     with evaluation(model, None), torch.no_grad():
         for start in range(0, len(source), _ROWS):
             batch = source.rows(slice(start, start + _ROWS))
+            digest.add(batch)
             parts.append(model.log_prob(*batch.args))
             if parts[-1].shape != (len(batch),):
                 cure = "Declare the dimensions of a datum as its event, e.g. with to_event(1)."
@@ -63,5 +66,6 @@ def closed_form(
     value = torch.cat(parts).double()
     if data_plate is None:
         value = value.sum(0, keepdim=True)
-    provenance = {"data": data_provenance(x), "data_plate": data_plate, "model": type(model).__name__}
+    sha256 = {"parameters": parameter_digest(model, None, None), "data": digest.hexdigest()}
+    provenance = {"data": data_provenance(x), "data_plate": data_plate, "model": type(model).__name__, "sha256": sha256}
     return exact_record(value, "closed form", 1, provenance | {"num_data": len(source)})

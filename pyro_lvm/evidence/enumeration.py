@@ -11,6 +11,7 @@ from pyro_lvm._checks import check_positive_int, shown
 from pyro_lvm._typing import Chunks, Data, DataPlate, Model
 from pyro_lvm.errors import SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
 from pyro_lvm.tracing.grid import Grid, finite_grid
@@ -73,7 +74,7 @@ def enumeration(
     max_terms = check_positive_int("max_terms", max_terms)
     source = data_source(x, args, data_args, device)
     guide = uniform_guide(model, lambda fn: not fn.has_enumerate_support)
-    values = []
+    values, digest = [], DataDigest()
     with evaluation(model, guide), torch.no_grad(), evaluation_rng(0, [device_of(source)]):
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
@@ -88,9 +89,12 @@ def enumeration(
                 for start in range(0, len(source), step):
                     batch = source.rows(slice(start, min(start + step, len(source))))
                     check_data(plan, model, guide, batch, start)
+                    digest.add(batch)
                     values.append(_sum(plan, model, grid, batch, sizes[1], bar))
+        parameters = parameter_digest(model, guide, batch)
     provenance = {
         "data": data_provenance(x),
+        "sha256": {"parameters": parameters, "data": digest.hexdigest()},
         "data_plate": plan.model_layout.plate,
         "chunks": sizes,
         "terms": grid.size,

@@ -1,7 +1,7 @@
 """Importance sampling with the guide as proposal, streamed over data and particles."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,16 @@ from pyro_lvm.errors import DataTypeError, UnreliableEstimateWarning
 from pyro_lvm.evidence.closed_form import closed_form
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.resume import Checkpoint, Progress, fingerprint
 from pyro_lvm.ops import DOUBTFUL, STATUSES, WeightAccumulator, WeightSummary
 from pyro_lvm.ops.memory import keep_freed_memory
-from pyro_lvm.tracing.batch import DataArgs, Rows
+from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
-from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
+from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, empty_guide, probe_pair
 from pyro_lvm.tracing.weights import check_data, evaluation
 
 __all__ = ["importance"]
@@ -89,8 +90,8 @@ def importance(
 
     Raises:
         PlateError, SiteError, SupportError, ParameterError, ShapeError, DataTypeError: what was expected, what came and
-            the cure. ``resume`` of another call is a ParameterError that lists what differs.
-        DatasetError: the files of ``resume`` are damaged.
+            the cure.
+        CheckpointError: ``resume`` belongs to another call (the message lists what differs), or its files are damaged.
 
     Warns:
         UnreliableEstimateWarning: some data have no trustworthy value.
@@ -129,6 +130,8 @@ def importance(
     with evaluation(model, guide), torch.no_grad():
         with evaluation_rng(0, devices):
             plan = probe_pair(model, guide, source, data_plate, vectorize)
+            few = source.rows(slice(0, len(source) if plan.tied else PROBE_ROWS))
+            provenance["sha256"] = {"parameters": parameter_digest(model, guide, few)}
         num_particles = 1 if plan.exact else num_particles
         sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
@@ -162,6 +165,7 @@ class _Job:
     columns: Columns
     checkpoint: Checkpoint | None = None
     dtype: str = "None"
+    digest: DataDigest = field(default_factory=DataDigest)
 
     def run(self, progress: bool | None) -> None:
         """Fill the columns; with the data that are finished when Ctrl-C comes."""
@@ -174,14 +178,18 @@ class _Job:
                 while done < num_data:
                     rows = num_data if self.plan.tied else min(self.chunks[0], num_data - done)
                     try:
-                        summary = self._chunk(slice(done, done + rows), bar)
+                        batch = self.source.rows(slice(done, done + rows))
+                        summary = self._chunk(batch, done, bar)
                     except (RuntimeError, MemoryError) as error:
                         self._shrink(error)
                         continue
                     done += rows
                     self.columns.add(summary)
+                    self.digest.add(batch)
                     if self.checkpoint:
-                        self.checkpoint.note(Progress(done, self.columns.done, self.chunks, self.dtype))
+                        self.checkpoint.note(
+                            Progress(done, self.columns.done, self.chunks, self.dtype, self.digest.chains.copy())
+                        )
             except KeyboardInterrupt:
                 if not self.columns.done:
                     raise
@@ -191,17 +199,15 @@ class _Job:
 
     def _load(self) -> int:
         """Go on from where a checkpoint is; the number of data that are done."""
-        found = self.checkpoint.load() if self.checkpoint else None
-        if found is None:
+        if self.checkpoint is None or (found := self.checkpoint.load()) is None:
             return 0
-        self.chunks, self.dtype = found.chunks, found.dtype
+        self.chunks, self.dtype, self.digest.chains = found.chunks, found.dtype, found.chains
         return found.rows
 
-    def _chunk(self, rows: slice, bar: Any) -> WeightSummary:
-        """All particles of some data."""
-        batch = self.source.rows(rows)
-        check_data(self.plan, self.tables.model, self.tables.guide, batch, rows.start)
-        draw = self.tables.of(batch, (len(self.source) - rows.start) * self.num_particles)
+    def _chunk(self, batch: Batch, done: int, bar: Any) -> WeightSummary:
+        """All particles of some data, before which others are ``done``."""
+        check_data(self.plan, self.tables.model, self.tables.guide, batch, done)
+        draw = self.tables.of(batch, (len(self.source) - done) * self.num_particles)
         weights = WeightAccumulator(self.plan.model_layout.num_data(batch), self.num_particles, batch.args[0].device)
         left = self.num_particles
         while left:
@@ -231,6 +237,7 @@ def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:
         method = "enumeration" if plan.match.enumerated else "exact density"
         status = np.where(status == "unreliable", "exact", status)  # K = 1 says nothing of a sum that has no noise
         stderr = bias = elbo_stderr = torch.zeros_like(value)
+    provenance["sha256"]["data"] = job.digest.hexdigest()
     provenance |= {
         "num_data": len(job.source),
         "finished": len(value) == len(columns),

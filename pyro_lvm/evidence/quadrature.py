@@ -17,6 +17,7 @@ from pyro_lvm._checks import check_positive_int
 from pyro_lvm._typing import Data, DataPlate, Model
 from pyro_lvm.errors import SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
 from pyro_lvm.tracing.intercept import run, vectorised_frames
@@ -82,7 +83,7 @@ def quadrature(
     """
     source = data_source(x, args, data_args, device)
     guide = normal_guide(model, lambda fn: not fn.has_enumerate_support)
-    values, errors = [], []
+    values, errors, digest = [], [], DataDigest()
     with evaluation(model, guide), torch.no_grad(), evaluation_rng(0, [device_of(source)]):
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
@@ -90,12 +91,15 @@ def quadrature(
             for start in range(0, len(source), rows):
                 batch = source.rows(slice(start, min(start + rows, len(source))))
                 check_data(plan, model, guide, batch, start)
+                digest.add(batch)
                 integrand = _Integrand(plan, model, guide, batch)
                 value, error = integrand.integrate(num_nodes)
                 values.append(value)
                 errors.append(error)
+        parameters = parameter_digest(model, guide, batch)
     value, error = torch.cat(values), torch.cat(errors)
     provenance = {"data": data_provenance(x), "data_plate": plan.model_layout.plate, "tolerance": tolerance}
+    provenance["sha256"] = {"parameters": parameters, "data": digest.hexdigest()}
     record = exact_record(value, "quadrature", integrand.num_nodes**integrand.dim, provenance)
     sure = (error <= tolerance).cpu().numpy()
     return replace(record, stderr=error, status=np.where(sure, record.status, "unreliable"))

@@ -1,20 +1,25 @@
 """`LogMarginal`: log p(x) of every datum, how far to trust it, and where it came from."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from pyro_lvm._json import numbers, read_json, refused, write_json
 from pyro_lvm._version import __version__
+from pyro_lvm.evidence.columns import COLUMNS
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 
 if TYPE_CHECKING:
     import xarray
 
 __all__ = ["LogMarginal", "concatenate", "exact_record", "to_arviz"]
+
+_NUMBERS = tuple(name for name in COLUMNS if name != "status")
 
 _SMALL = 0.25  # of a standard error: what adds 3 % to it in quadrature
 
@@ -40,8 +45,9 @@ class LogMarginal:
             draws from one guide cannot see a mode that the guide misses.
         num_particles: K.
         method: name of the estimator.
-        provenance: whatever makes the number quotable: seed, dtype, device, versions, chunk sizes; what half precision
-            moves (``model_dtype``), and after how many data a resumed run went on (``resumed_at``).
+        provenance: whatever makes the number quotable: seed, dtype, device, versions, chunk sizes; ``sha256`` of the
+            data that were used, in their order, and of the parameters; what half precision moves (``model_dtype``),
+            and after how many data a resumed run went on (``resumed_at``).
     """
 
     value: torch.Tensor
@@ -188,12 +194,58 @@ class LogMarginal:
             return f"{mean} (bias {about} {self.mean_bias:.2g}{'; ' if data else ''}{data})"
         return f"{mean} +- {self.mean_stderr:.2g}{' (' + data + ')' if data else ''}"
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as a JSON file, over what was there: all columns to the last bit, status and provenance.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from pyro_lvm.evidence import LogMarginal, closed_form
+            >>> from pyro_lvm.models import LinearGaussian
+            >>> record = closed_form(LinearGaussian(1, 3), torch.zeros(2, 3))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     record.save(f"{folder}/record.json")
+            ...     again = LogMarginal.load(f"{folder}/record.json")
+            >>> again.value.equal(record.value)
+            True
+        """
+        write_json(path, "LogMarginal", self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "LogMarginal":
+        """Read what `save` wrote; tensors are on the CPU, and tuples in the provenance have become lists.
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, of another kind, or of a newer format.
+        """
+        content = read_json(path, "LogMarginal")
+        with refused(path, "LogMarginal"):
+            return cls.from_dict(content)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record in lists, numbers and words."""
+        columns = {name: getattr(self, name).tolist() for name in _NUMBERS}
+        words = {"status": self.status.tolist(), "num_particles": self.num_particles, "method": self.method}
+        return words | {"provenance": self.provenance} | columns
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "LogMarginal":
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it did not.
+        """
+        columns: dict[str, Any] = {name: torch.tensor(numbers(content[name]), dtype=torch.float64) for name in _NUMBERS}
+        status = np.array(content["status"], dtype=str)
+        if {len(column) for column in columns.values()} != {len(status)}:
+            raise ValueError("columns are of different lengths")
+        words = {name: content[name] for name in ("num_particles", "method", "provenance")}
+        return cls(**columns, **words, status=status)
+
     def to_datatree(self) -> "xarray.DataTree":
         """The record as an ``xarray.DataTree`` with one group, ``importance``, over the dimension ``datum``."""
         import xarray as xr
 
-        names = ("value", "stderr", "bias", "elbo", "elbo_stderr", "ess", "khat")
-        columns = {name: ("datum", getattr(self, name).cpu().numpy()) for name in names}
+        columns = {name: ("datum", getattr(self, name).cpu().numpy()) for name in _NUMBERS}
         columns["status"] = ("datum", self.status)
         attributes = {"num_particles": self.num_particles, "method": self.method} | {
             key: str(value) for key, value in self.provenance.items()

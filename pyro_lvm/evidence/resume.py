@@ -12,7 +12,7 @@ import os
 import pickle
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ import torch
 
 from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Guide, Model
-from pyro_lvm.errors import DatasetError, ParameterError
+from pyro_lvm.errors import CheckpointError
 from pyro_lvm.evidence.columns import COLUMNS, Columns
-from pyro_lvm.tracing.batch import Batch, Rows
+from pyro_lvm.evidence.digest import add_values, parameter_digest
+from pyro_lvm.tracing.batch import Rows
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
-from pyro_lvm.tracing.params import anchor
-from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, run_pair
+from pyro_lvm.tracing.probe import PROBE_ROWS, Plan
 from pyro_lvm.tracing.weights import Proposal, weight_table
 
 __all__ = ["Checkpoint", "Progress", "fingerprint"]
@@ -47,12 +47,14 @@ class Progress:
         results: their results: as many, or one joint one.
         chunks: (data, particles) computed at once by now; running out of memory makes it smaller.
         dtype: of the log-weights.
+        chains: of the digest of the data so far.
     """
 
     rows: int
     results: int
     chunks: tuple[int, int]
     dtype: str
+    chains: list[str]
 
 
 class Checkpoint:
@@ -77,8 +79,7 @@ class Checkpoint:
         """Fill the results, and set the generators as they were after them; None if nothing is kept.
 
         Raises:
-            ParameterError: the directory belongs to another call; the message says what differs.
-            DatasetError: its files are damaged.
+            CheckpointError: its files are damaged, or belong to another call; the message says what differs.
         """
         if not (self.path / "state.pt").exists():
             return None
@@ -103,7 +104,7 @@ class Checkpoint:
             yield
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             cure = f"Delete {self.path} to begin anew."
-            raise DatasetError(
+            raise CheckpointError(
                 refuse("resume", f"what log_marginal keeps in {self.path}", repr(error), cure)
             ) from error
 
@@ -113,7 +114,7 @@ class Checkpoint:
             words = (n if n in _SECRET else f"{n} ({found.get(n)} there, {self.expected.get(n)} here)" for n in other)
             cure = f"Pass another path, or delete {self.path} to begin anew."
             got = f"one that differs in {', '.join(words)}"
-            raise ParameterError(refuse("resume", f"the call that {self.path} was begun with", got, cure))
+            raise CheckpointError(refuse("resume", f"the call that {self.path} was begun with", got, cure))
 
     def note(self, progress: Progress) -> None:
         """A chunk of data is finished; from time to time it is saved at once."""
@@ -159,34 +160,16 @@ def fingerprint(plan: Plan, model: Model, guide: Guide, source: Rows, options: M
     """
     last = len(source) - min(PROBE_ROWS, len(source))
     ends = (slice(0, len(source)),) if plan.tied else (slice(0, PROBE_ROWS), slice(last, len(source)))
-    log_weights, data, parameters = [], hashlib.sha256(), hashlib.sha256()
+    log_weights, data = [], hashlib.sha256()
     for rows in ends:
         with evaluation_rng(0, [options["device"]]), validation(False):
             batch = source.rows(rows)
-            run = run_pair(model, guide, batch)
             log_weights.append(float(weight_table(plan, model, Proposal(plan, guide, batch), 1).total.sum()))
-        _add(data, _arguments(batch))
-    sites = [(n, s["value"]) for t in (run.model, run.guide) for n, s in t.items() if s["type"] == "param"]
-    owners = [owner for owner in map(anchor, (model, guide)) if isinstance(owner, torch.nn.Module)]
-    _add(parameters, [*sites, *(item for owner in owners for item in owner.state_dict().items())])
+        add_values(data, ((str(i), argument) for i, argument in enumerate(batch.args)))
     found: dict[str, Any] = {name: str(value) for name, value in options.items()}
     found |= {"num_data": str(len(source)), "dtype": str(batch.args[0].dtype), "data_plate": plan.model_layout.plate}
     found |= {"particles": f"model {plan.model_mode}, guide {plan.guide_mode}", "log_weights": log_weights}
-    return found | {"x": data.hexdigest(), "parameters": parameters.hexdigest()}
-
-
-def _arguments(batch: Batch) -> Iterable[tuple[str, Any]]:
-    return ((str(i), argument) for i, argument in enumerate(batch.args))
-
-
-def _add(digest: Any, items: Iterable[tuple[str, Any]]) -> None:
-    """Names and values of tensors and of plain arguments."""
-    for name, value in items:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, str | int | float | None):
-            digest.update(f"{name} {value!r}".encode())
+    return found | {"x": data.hexdigest(), "parameters": parameter_digest(model, guide, batch)}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from pyro_lvm.errors import DatasetError, ParameterError
+from pyro_lvm.errors import CheckpointError
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.columns import COLUMNS
 from tests.references import ORACLES, data, normal_guide, normal_model, plain
@@ -219,7 +219,7 @@ def test_another_call_is_refused_with_what_differs(tmp_path: Path) -> None:
         (r"particles .*looped", normal_model, x, {"vectorize": False}),
     ]
     for message, model, given, options in others:
-        with pytest.raises(ParameterError, match=message) as caught:
+        with pytest.raises(CheckpointError, match=message) as caught:
             importance(model, normal_guide, given, resume=tmp_path, **{"num_particles": 60, "seed": 1} | options)
         assert f"delete {tmp_path}" in str(caught.value)
 
@@ -233,13 +233,13 @@ def test_a_parameter_a_buffer_and_a_constant_are_seen(tmp_path: Path) -> None:
     importance(model, normal_guide, x, seed=1, resume=tmp_path)
     importance(model, normal_guide, x, seed=1, resume=tmp_path)
     model.offset += 1e-9
-    with pytest.raises(ParameterError, match=r"differs in parameters\."):
+    with pytest.raises(CheckpointError, match=r"differs in parameters\."):
         importance(model, normal_guide, x, seed=1, resume=tmp_path)
     model.offset -= 1e-9
     importance(model, normal_guide, x, seed=1, resume=tmp_path)
     with torch.no_grad():
         model.scale += 1e-9
-    with pytest.raises(ParameterError, match=r"differs in parameters\."):
+    with pytest.raises(CheckpointError, match=r"differs in parameters\."):
         importance(model, normal_guide, x, seed=1, resume=tmp_path)
 
 
@@ -253,7 +253,7 @@ def test_a_constant_in_the_code_is_seen(tmp_path: Path) -> None:
 
     importance(model, normal_guide, data(10), seed=1, resume=tmp_path)
     scale = 1.1
-    with pytest.raises(ParameterError, match=r"differs in log_weights"):
+    with pytest.raises(CheckpointError, match=r"differs in log_weights"):
         importance(model, normal_guide, data(10), seed=1, resume=tmp_path)
 
 
@@ -270,14 +270,14 @@ def test_a_parameter_of_another_pair_may_change(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
     importance(normal_model, normal_guide, data(10), seed=1, resume=tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DatasetError, match=rf"resume: .*{tmp_path}.*Delete"):
+    with pytest.raises(CheckpointError, match=rf"resume: .*{tmp_path}.*Delete"):
         importance(normal_model, normal_guide, data(10), seed=1, resume=tmp_path)
 
 
 def test_results_of_another_size(tmp_path: Path) -> None:
     importance(normal_model, normal_guide, data(10), seed=1, resume=tmp_path)
     np.save(tmp_path / "columns.npy", np.zeros((8, 5)))
-    with pytest.raises(DatasetError, match=r"holds float64 \(8, 5\)"):
+    with pytest.raises(CheckpointError, match=r"holds float64 \(8, 5\)"):
         importance(normal_model, normal_guide, data(10), seed=1, resume=tmp_path)
 
 
