@@ -32,6 +32,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::pyro_lvm.errors.UnreliableEstim
 X = torch.rand(12, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+class Weighing(LinearGaussian):
+    """A model with an argument that it does not use."""
+
+    def log_prob(self, x: torch.Tensor, weight: Any = None) -> torch.Tensor:
+        return super().log_prob(x)
+
+
 def estimated(seed: int = 0) -> LogMarginal:
     torch.manual_seed(seed)
     model = LinearGaussian(2, 64).double()
@@ -261,4 +268,15 @@ def test_digests_of_companions_and_of_what_is_no_tensor() -> None:
     )
     assert one == two
     assert len({one[0], three[0], four[0]}) == 3
+    kinds = [
+        torch.eye(2).to_sparse(),
+        torch.eye(2),
+        torch.ones(1).expand(2, 2),
+        torch.ones(2, 2),
+        torch.eye(2).bfloat16(),
+    ]
+    digests = [sha256(closed_form(Weighing(2, 64).double(), X, weight))[0] for weight in (*kinds, "eye", None)]
+    assert digests[0] == digests[1]
+    assert digests[2] == digests[3]
+    assert len(set(digests)) == 5
     assert sha256(closed_form(LinearGaussian(2, 64).double(), X))[0] not in {one[0], three[0]}

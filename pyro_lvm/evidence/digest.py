@@ -77,5 +77,6 @@ def add_values(digest: Any, items: Iterable[tuple[str, Any]]) -> None:
 
 
 def _bytes(value: torch.Tensor) -> bytes:
-    dense = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
+    dense = dense.cpu().clone(memory_format=torch.contiguous_format)
     return dense.flatten().view(torch.uint8).numpy().tobytes()

@@ -107,9 +107,11 @@ class Graph:
         """Put back what a run changes, batch statistics and the random state; gives the tensors that it changes."""
         before = [(tensor, tensor.clone()) for tensor in self._changed()]
         with torch.random.fork_rng(devices={t.device for t in inputs if t.is_cuda}), torch.no_grad():
-            yield [tensor for tensor, _ in before]
-            for tensor, value in before:
-                tensor.copy_(value)
+            try:
+                yield [tensor for tensor, _ in before]
+            finally:
+                for tensor, value in before:
+                    tensor.copy_(value)
 
     def _changed(self) -> list[torch.Tensor]:
         """The held tensors that a replay changes: batch statistics."""
