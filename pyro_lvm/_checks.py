@@ -11,7 +11,17 @@ import torch
 
 from pyro_lvm.errors import DataTypeError, ShapeError
 
-__all__ = ["check_positive_int", "data_tensor", "refuse", "shown", "warn_caller"]
+__all__ = [
+    "check_chunks",
+    "check_device",
+    "check_positive_int",
+    "check_program",
+    "check_seed",
+    "data_tensor",
+    "refuse",
+    "shown",
+    "warn_caller",
+]
 
 _INTERNAL = (str(Path(__file__).parent), str(contextlib.__file__))
 
@@ -31,11 +41,51 @@ def check_positive_int(argument: str, value: Any, minimum: int = 1) -> int:
     return int(value)
 
 
+def check_seed(seed: Any) -> int | None:
+    """Return a seed that is None or an integer."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise DataTypeError(refuse("seed", "an integer or None", repr(seed), "Pass e.g. seed=0."))
+    return int(seed)
+
+
+def check_chunks(chunks: Any) -> tuple[int, int] | None:
+    """Return ``(data, particles)`` to run at once, or None."""
+    if chunks is None:
+        return None
+    if not isinstance(chunks, tuple | list) or len(chunks) != 2:
+        cure = "Pass the numbers of data and of particles to run at once, e.g. chunks=(100, 1000)."
+        raise DataTypeError(refuse("chunks", "two integers", repr(chunks), cure))
+    return check_positive_int("chunks[0]", chunks[0]), check_positive_int("chunks[1]", chunks[1])
+
+
+def check_device(device: Any) -> torch.device | None:
+    """Return a device that is there, or None."""
+    try:
+        found = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        cure = 'Pass e.g. "cpu" or "cuda:0".'
+        raise DataTypeError(refuse("device", "a torch device", repr(device), cure)) from error
+    count = torch.cuda.device_count()
+    if found is not None and found.type == "cuda" and (found.index or 0) >= count:
+        cure = 'Pass "cpu", or look why torch.cuda does not see the device.'
+        raise DataTypeError(refuse("device", f"one of {count} CUDA devices", repr(device), cure))
+    return found
+
+
+def check_program(argument: str, program: Any) -> None:
+    """A model or a guide can be called."""
+    if not callable(program) or isinstance(program, type):
+        cure = "Pass a function of x with pyro.sample statements, or an instance of a module."
+        raise DataTypeError(refuse(argument, "a Pyro program", repr(program), cure))
+
+
 def data_tensor(argument: str, value: Any, device: torch.device | str | None = None) -> torch.Tensor:
     """``value`` as a tensor of at least one datum: tensors pass, NumPy arrays are converted.
 
     Raises:
-        DataTypeError: neither a tensor nor a numeric array, or complex.
+        DataTypeError: neither a tensor nor a numeric array, sparse, or complex; there is no such device.
         ShapeError: no first dimension, no data, or nothing but NaN.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "buif":
@@ -43,6 +93,8 @@ def data_tensor(argument: str, value: Any, device: torch.device | str | None = N
     if not isinstance(value, torch.Tensor):
         cure = "Pass a torch.Tensor or a numeric NumPy array of shape (N, ...)."
         raise DataTypeError(refuse(argument, "a tensor", type(value).__name__, cure))
+    if value.layout is not torch.strided:
+        raise DataTypeError(refuse(argument, "a dense tensor", value.layout, f"Pass {argument}.to_dense()."))
     if value.is_complex():
         raise DataTypeError(refuse(argument, "a real dtype", value.dtype, "Pass real and imaginary parts apart."))
     if value.dim() == 0 or value.shape[0] == 0:
@@ -50,7 +102,7 @@ def data_tensor(argument: str, value: Any, device: torch.device | str | None = N
         raise ShapeError(refuse(argument, "shape (N, ...) with N >= 1", tuple(value.shape), cure))
     if value.is_floating_point() and bool(value[0].isnan().all()) and bool(value.isnan().all()):
         raise ShapeError(refuse(argument, "finite numbers", "nothing but NaN", "Check how the data were read."))
-    return value if device is None else value.to(device)
+    return value.to(check_device(device))
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
@@ -63,4 +115,6 @@ def warn_caller(message: str, category: type[Warning]) -> None:
 
 def shown(progress: bool | None) -> bool:
     """Whether to draw a progress bar; by default in a terminal only."""
-    return sys.stderr.isatty() if progress is None else progress
+    if progress is not None and not isinstance(progress, bool | int):
+        raise DataTypeError(refuse("progress", "True, False or None", repr(progress), "None asks the terminal."))
+    return sys.stderr.isatty() if progress is None else bool(progress)

@@ -15,6 +15,7 @@ from pyro_lvm.comparison import Comparison, ComparisonRow
 from pyro_lvm.errors import DataTypeError, ShapeError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source, device_of
+from pyro_lvm.evidence.record import check_reference
 from pyro_lvm.tracing.batch import DataArgs, Rows
 from pyro_lvm.tracing.questions import count_parameters, holds_probabilities, same_model
 
@@ -83,6 +84,7 @@ def compare(
     if not isinstance(rows, Mapping) or not rows:
         got = "none" if isinstance(rows, Mapping) else type(rows).__name__
         raise DataTypeError(refuse("rows", "a dictionary of at least one pair", got, 'Pass {"name": (model, guide)}.'))
+    check_reference(reference)
     source = data_source(x, args, data_args, device)
     kinds = {name: _pairs(name, row) for name, row in rows.items()}
     options: dict[str, Any] = {"num_particles": num_particles, "data_plate": data_plate, "data_args": data_args}

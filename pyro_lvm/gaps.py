@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int, refuse, shown, warn_caller
+from pyro_lvm._checks import check_chunks, check_positive_int, check_seed, refuse, shown, warn_caller
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source, device_of
-from pyro_lvm.evidence.record import concatenate
+from pyro_lvm.evidence.record import check_reference, concatenate
 from pyro_lvm.guides.refine import Refinement, refine
 from pyro_lvm.table import TextTable
 from pyro_lvm.tracing.batch import DataArgs, Rows
@@ -223,10 +223,12 @@ def inference_gap(
         (tensor(True), tensor([1., 0.], dtype=torch.float64))
     """
     check_positive_int("num_steps", num_steps), check_positive_int("num_draws", num_draws, 2)
+    chunks, seed = check_chunks(chunks), check_seed(seed)
     if guide is None:
         raise DataTypeError(refuse("guide", "a callable", None, "Without a guide there is no gap."))
     source = data_source(x, args, data_args, device)
     expected = 1 if data_plate is None else len(source)
+    check_reference(reference)
     if reference is not None and len(reference) != expected:
         cure = "Estimate it on the same x, with the same data_plate."
         raise ShapeError(refuse("reference", f"{expected} values of log p(x)", len(reference), cure))
@@ -259,7 +261,7 @@ def inference_gap(
 def _num_rows(plan: Plan, num_draws: int, chunks: Chunks) -> int:
     """How many data to refine at once: a step keeps all that its draws compute."""
     if chunks is not None:
-        return check_positive_int("chunks[0]", chunks[0])
+        return chunks[0]
     return max(1, min(_ROWS, _STEP_BYTES // (plan.bytes_per_particle * num_draws)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int, shown
+from pyro_lvm._checks import check_chunks, check_positive_int, shown
 from pyro_lvm._typing import Chunks, Data, DataPlate, Model
 from pyro_lvm.errors import SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
@@ -71,7 +71,7 @@ def enumeration(
         >>> result.num_particles, f"{result.mean:.4f}"
         (8, '-1.8238')
     """
-    max_terms = check_positive_int("max_terms", max_terms)
+    max_terms, chunks = check_positive_int("max_terms", max_terms), check_chunks(chunks)
     source = data_source(x, args, data_args, device)
     guide = uniform_guide(model, lambda fn: not fn.has_enumerate_support)
     values, digest = [], DataDigest()

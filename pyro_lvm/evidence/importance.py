@@ -9,7 +9,7 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int, refuse, shown, warn_caller
+from pyro_lvm._checks import check_chunks, check_positive_int, refuse, shown, warn_caller
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import __version__
 from pyro_lvm.errors import DataTypeError, UnreliableEstimateWarning
@@ -116,8 +116,7 @@ def importance(
     if guide is None and callable(getattr(model, "log_prob", None)):
         return closed_form(model, x, *args, data_plate=data_plate, data_args=data_args, device=device)
     num_particles = check_positive_int("num_particles", num_particles)
-    if chunks is not None:
-        chunks = (check_positive_int("chunks[0]", chunks[0]), check_positive_int("chunks[1]", chunks[1]))
+    chunks = check_chunks(chunks)
     if model_dtype is not None:
         check_model_dtype(model_dtype)
     if not isinstance(compile, bool):

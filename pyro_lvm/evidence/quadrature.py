@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_lvm._checks import check_positive_int
+from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm._typing import Data, DataPlate, Model
-from pyro_lvm.errors import SupportError
+from pyro_lvm.errors import DataTypeError, SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.record import LogMarginal, exact_record
@@ -81,6 +81,8 @@ def quadrature(
         >>> print(f"{result.mean:.6f}", result.status[0])  # log N(0; 0, 2)
         -1.265512 exact
     """
+    if not isinstance(tolerance, float | int) or not tolerance > 0:
+        raise DataTypeError(refuse("tolerance", "a positive number of nats", repr(tolerance), "Pass e.g. 1e-6."))
     source = data_source(x, args, data_args, device)
     guide = normal_guide(model, lambda fn: not fn.has_enumerate_support)
     values, errors, digest = [], [], DataDigest()

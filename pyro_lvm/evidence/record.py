@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pyro_lvm._checks import refuse
 from pyro_lvm._json import numbers, read_json, refused, write_json
 from pyro_lvm._version import __version__
+from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["LogMarginal", "concatenate", "exact_record", "to_arviz"]
+__all__ = ["LogMarginal", "check_reference", "concatenate", "exact_record", "to_arviz"]
 
 _NUMBERS = tuple(name for name in COLUMNS if name != "status")
 
@@ -256,6 +258,13 @@ class LogMarginal:
     def to_arviz(self) -> Any:
         """The record as ArviZ's own container: ``InferenceData`` in 0.x, ``DataTree`` in 1.x."""
         return to_arviz(self.to_datatree())
+
+
+def check_reference(reference: Any) -> None:
+    """What gaps are measured from is a record, or None."""
+    if reference is not None and not isinstance(reference, LogMarginal):
+        cure = "Pass what an estimator of `evidence` returned for the same x."
+        raise DataTypeError(refuse("reference", "a LogMarginal", type(reference).__name__, cure))
 
 
 def concatenate(records: Sequence[LogMarginal]) -> LogMarginal:

@@ -17,7 +17,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int, data_tensor, refuse, shown
+from pyro_lvm._checks import check_positive_int, check_program, data_tensor, refuse, shown
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import DataTypeError, SiteError
 from pyro_lvm.guides.base import VariationalParameters
@@ -143,8 +143,9 @@ def refine(
     if family not in ("own", "flow"):
         raise DataTypeError(refuse("family", "'own' or 'flow'", repr(family), "Pass one of the two."))
     num_steps, num_draws = check_positive_int("num_steps", num_steps), check_positive_int("num_draws", num_draws, 2)
-    if learning_rate is not None and not learning_rate > 0:
-        raise DataTypeError(refuse("learning_rate", "a number above 0", learning_rate, "None chooses one."))
+    check_program("guide", guide)
+    if learning_rate is not None and not (isinstance(learning_rate, float | int) and learning_rate > 0):
+        raise DataTypeError(refuse("learning_rate", "a number above 0", repr(learning_rate), "None chooses one."))
     learning_rate = learning_rate or {"own": 0.1, "flow": 0.02}[family]
     batch = make_batch(data_tensor("x", x), args, data_args).to(device)
     devices = [batch.args[0].device]

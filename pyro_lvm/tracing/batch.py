@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pyro_lvm._checks import refuse
-from pyro_lvm.errors import ShapeError
+from pyro_lvm._checks import check_device, refuse
+from pyro_lvm.errors import DataTypeError, ShapeError
 
 __all__ = ["Batch", "DataArgs", "Rows", "make_batch"]
 
@@ -58,6 +58,7 @@ class Batch:
         """On another device; ``None`` leaves it where it is."""
         if device is None:
             return self
+        device = check_device(device)
         return Batch(tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in self.args), self.per_datum)
 
 
@@ -65,6 +66,7 @@ def make_batch(x: torch.Tensor, args: Sequence[Any], data_args: DataArgs = "auto
     """x and its companions; tensors with ``len(x)`` rows go with x unless ``data_args`` lists those that do.
 
     Raises:
+        DataTypeError: ``data_args`` is neither.
         ShapeError: an argument named in ``data_args`` has not one row per datum.
     """
     args = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in args]
@@ -72,6 +74,10 @@ def make_batch(x: torch.Tensor, args: Sequence[Any], data_args: DataArgs = "auto
     def has_rows(a: Any) -> bool:
         return isinstance(a, torch.Tensor) and a.dim() > 0 and len(a) == len(x)
 
+    listed = isinstance(data_args, list | tuple) and all(isinstance(i, int | np.integer) for i in data_args)
+    if not listed and not (isinstance(data_args, str) and data_args == "auto"):
+        cure = "List the positions, from 0, of the arguments after x that have one row per datum."
+        raise DataTypeError(refuse("data_args", '"auto" or integers', repr(data_args), cure))
     if isinstance(data_args, str):
         return Batch((x, *args), (True, *map(has_rows, args)))
     for i in data_args:

@@ -10,6 +10,8 @@ import pyro
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_lvm._checks import check_seed, refuse
+from pyro_lvm.errors import ShapeError
 from pyro_lvm.tracing.params import anchor
 
 __all__ = ["eval_mode", "evaluation_rng", "forked_rng", "validation"]
@@ -24,6 +26,8 @@ def forked_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Iterat
     if seed is None:
         yield
         return
+    if not 0 <= seed < 2**32:
+        raise ShapeError(refuse("seed", "0 to 2^32 - 1, as NumPy does", seed, "Pass e.g. seed=0."))
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
@@ -41,6 +45,7 @@ def evaluation_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Ab
     A script that makes its data after ``torch.manual_seed(0)`` and estimates with ``seed=0`` must not draw latents that
     are the noise in the data.
     """
+    seed = check_seed(seed)
     return forked_rng(None if seed is None else (seed * 0x9E3779B1 + 0x7F4A7C15) % 2**32, devices)
 
 

@@ -23,7 +23,7 @@ import torch
 from pyro.poutine.runtime import am_i_wrapped
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_lvm._checks import warn_caller
+from pyro_lvm._checks import check_program, warn_caller
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError, UntrainedParameterWarning
 
@@ -197,6 +197,10 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
     Warns:
         UntrainedParameterWarning: a parameter came into being inside, so its value is an initial one.
     """
+    if not hasattr(model, "log_prob"):  # a distribution need not be a program
+        check_program("model", model)
+    if guide is not None:
+        check_program("guide", guide)
     here = current_params()
     _check_not_taken(model, guide, here)
     wanted = learned(model, guide)

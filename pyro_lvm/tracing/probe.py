@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from pyro_lvm._checks import check_program
 from pyro_lvm._typing import DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import ParameterError, PlateError, SiteError
 from pyro_lvm.tracing.batch import Batch, Rows
@@ -105,6 +106,7 @@ def probe_pair(
         SupportError: the guide does not cover the prior, or data lie outside the likelihood's support.
         ParameterError: a parameter is not finite.
     """
+    check_program("model", model)
     with torch.no_grad():
         runs, tied = _plain_runs(model, guide, data, data_plate)
         first = runs[0]

@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
+from pyro_lvm._checks import check_program
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import SupportError
 from pyro_lvm.tracing.intercept import base_distribution, support
@@ -23,6 +24,7 @@ def _every(fn: Any) -> bool:
 
 def prior_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
     """q(z) = p(z) on every latent for whose distribution ``wanted`` holds; the others are left to enumeration."""
+    check_program("model", model)
     return poutine.block(model, hide_fn=lambda msg: _hidden(msg, wanted))
 
 
@@ -45,6 +47,8 @@ def normal_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
 
 
 def _replaced(model: Model, wanted: Callable[[Any], bool], make: Callable[[str, Any], Any]) -> Guide:
+    check_program("model", model)
+
     def guide(*args: Any) -> None:
         with poutine.block(hide_fn=lambda msg: _hidden(msg, wanted)), _Replace(wanted, make):
             model(*args)

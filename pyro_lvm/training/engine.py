@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +15,7 @@ from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 from pyro.params import param_with_module_name
 
-from pyro_lvm._checks import refuse
+from pyro_lvm._checks import refuse, shown
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError
 from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
@@ -250,5 +249,4 @@ def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:
 def _bar(progress: bool | None, total: int) -> Any:
     from tqdm.auto import tqdm
 
-    shown = sys.stderr.isatty() if progress is None else progress
-    return tqdm(total=total or None, unit="step", disable=not shown)
+    return tqdm(total=total or None, unit="step", disable=not shown(progress))

@@ -13,7 +13,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch.distributions import transform_to
 
-from pyro_lvm._checks import check_positive_int, refuse, warn_caller
+from pyro_lvm._checks import check_device, check_positive_int, refuse, shown, warn_caller
 from pyro_lvm._typing import Data, Guide, Model
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.objectives.default import check_loss
@@ -127,7 +127,7 @@ def fit(
     _check_limits(num_epochs, num_steps)
     batch_size = check_positive_int("batch_size", batch_size)
     seed = None if seed is None else check_positive_int("seed", seed, minimum=0)
-    target = _device(device)
+    target = check_device(device)
     hooks = [_hooks(callback) for callback in _sequence(callbacks)]
     batches = make_batches(data, batch_size, target)
     devices = _cuda_devices(target, data, model, guide)
@@ -205,8 +205,7 @@ def _check_options(model: Any, guide: Any, loss: Any, optim: Any, update: Any, c
         raise DataTypeError(refuse("update", '"both", "model" or "guide"', repr(update), "Choose one of the three."))
     if not isinstance(compile, bool):
         raise DataTypeError(refuse("compile", "True or False", repr(compile), "True captures the steps."))
-    if progress not in (None, True, False):
-        raise DataTypeError(refuse("progress", "True, False or None", repr(progress), "None: only in a terminal."))
+    shown(progress)
 
 
 def _check_limits(num_epochs: Any, num_steps: Any) -> None:
@@ -231,14 +230,6 @@ def _hooks(callback: Any) -> Hooks:
         cure = f"Pass an instance with any of the methods {', '.join(HOOKS)}."
         raise DataTypeError(refuse("callbacks", "functions of the state, or objects", repr(callback), cure))
     return found or {"on_epoch": callback}
-
-
-def _device(device: Any) -> torch.device | None:
-    try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        cure = 'Pass e.g. "cpu" or "cuda:0".'
-        raise DataTypeError(refuse("device", "a torch device", repr(device), cure)) from error
 
 
 def _cuda_devices(target: torch.device | None, data: Any, *programs: Any) -> list[torch.device]:
