@@ -226,8 +226,8 @@ class LogMarginal:
     def to_dict(self) -> dict[str, Any]:
         """The record in lists, numbers and words."""
         columns = {name: getattr(self, name).tolist() for name in _NUMBERS}
-        words = {"status": self.status.tolist(), "num_particles": self.num_particles, "method": self.method}
-        return words | {"provenance": self.provenance} | columns
+        words = {"method": self.method, "num_particles": self.num_particles, "provenance": self.provenance}
+        return words | {"status": self.status.tolist()} | columns
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "LogMarginal":
