@@ -4,17 +4,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import CheckpointError
 
-__all__ = ["FORMAT", "numbers", "read_json", "refused", "write_json"]
+__all__ = ["FORMAT", "numbers", "read_json", "write_json"]
+
+Record = TypeVar("Record")
 
 #: Of the files that are written; those of a newer one are refused.
 FORMAT = 1
@@ -37,13 +38,13 @@ def write_json(path: str | os.PathLike[str], kind: str, content: Mapping[str, An
     os.replace(temporary, path)
 
 
-def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """What `write_json` wrote.
+def read_json(path: str | os.PathLike[str], kind: str, build: Callable[[dict[str, Any]], Record]) -> Record:
+    """What ``build`` makes of what `write_json` wrote.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, of another kind, or of a newer format.
     """
-    with refused(path, kind):
+    try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         found, digest = document["kind"], document.pop("sha256")
         if isinstance(document["format"], int) and document["format"] > FORMAT:
@@ -53,15 +54,8 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             raise ValueError("its content does not fit its checksum")
         if found != kind:
             raise ValueError(f"it holds a {found}")
-    return document  # type: ignore[no-any-return]
-
-
-@contextmanager
-def refused(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Whatever goes wrong in reading, say which file and why."""
-    try:
-        yield
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        return build(document)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         cure = "Pass the path of a file that `save` wrote, and write it anew if it is damaged."
         got = f"{path}: {type(error).__name__}: {error}"
         raise CheckpointError(refuse("path", f"a file with a {kind}", got, cure)) from error

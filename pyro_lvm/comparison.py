@@ -2,13 +2,14 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyro_lvm._json import read_json, refused, write_json
+from pyro_lvm._json import read_json, write_json
 from pyro_lvm.evidence import LogMarginal
 from pyro_lvm.evidence.record import to_arviz
 from pyro_lvm.table import TextTable
@@ -201,14 +202,14 @@ class Comparison:
         Raises:
             CheckpointError: there is no such file, it is damaged, of another kind, or of a newer format.
         """
-        content = read_json(path, "Comparison")
-        with refused(path, "Comparison"):
-            rows = [
-                ComparisonRow(**row | {"runs": tuple(LogMarginal.from_dict(run) for run in row["runs"])})
-                for row in content["rows"]
-            ]
-            reference = None if content["reference"] is None else LogMarginal.from_dict(content["reference"])
-            return cls(tuple(rows), content["ranked_by"], reference, tuple(content["notes"]))
+        return read_json(path, "Comparison", cls._from_dict)
+
+    @classmethod
+    def _from_dict(cls, content: Mapping[str, Any]) -> "Comparison":
+        runs = [tuple(map(LogMarginal.from_dict, row["runs"])) for row in content["rows"]]
+        rows = tuple(ComparisonRow(**row | {"runs": own}) for row, own in zip(content["rows"], runs, strict=True))
+        reference = content["reference"] and LogMarginal.from_dict(content["reference"])
+        return cls(rows, content["ranked_by"], reference, tuple(content["notes"]))
 
     def to_datatree(self) -> "xarray.DataTree":
         """One group a row, each a `LogMarginal` (of its first training run) as `LogMarginal.to_datatree` gives it."""

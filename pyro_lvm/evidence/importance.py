@@ -130,14 +130,20 @@ def importance(
         with evaluation_rng(0, devices):
             plan = probe_pair(model, guide, source, data_plate, vectorize)
             few = source.rows(slice(0, len(source) if plan.tied else PROBE_ROWS))
-            provenance["sha256"] = {"parameters": parameter_digest(model, guide, few)}
+            parameters = parameter_digest(model, guide, few)
         num_particles = 1 if plan.exact else num_particles
         sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
         checkpoint = None
         if resume is not None:
-            options = {"num_particles": num_particles, "chunks": chunks, "seed": seed, "device": devices[0]}
-            known = fingerprint(plan, model, guide, source, options | names | {"model_dtype": model_dtype})
+            options: dict[str, Any] = {
+                "num_particles": num_particles,
+                "chunks": chunks,
+                "seed": seed,
+                "device": devices[0],
+            }
+            options |= names | {"model_dtype": model_dtype, "parameters": parameters}
+            known = fingerprint(plan, model, guide, source, options)
             checkpoint = Checkpoint(resume, known, columns, devices[0])
             provenance["resumed_at"] = checkpoint.resumed_at
         if model_dtype is not None:
@@ -147,7 +153,8 @@ def importance(
         job = _Job(plan, tables, source, num_particles, sizes, columns, checkpoint)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
-    record = _record(job, provenance | names)
+    sha256 = {"parameters": parameters, "data": job.digest.hexdigest()}
+    record = _record(job, provenance | names | {"sha256": sha256})
     _warn(record)
     return record
 
@@ -236,7 +243,6 @@ def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:
         method = "enumeration" if plan.match.enumerated else "exact density"
         status = np.where(status == "unreliable", "exact", status)  # K = 1 says nothing of a sum that has no noise
         stderr = bias = elbo_stderr = torch.zeros_like(value)
-    provenance["sha256"]["data"] = job.digest.hexdigest()
     provenance |= {
         "num_data": len(job.source),
         "finished": len(value) == len(columns),

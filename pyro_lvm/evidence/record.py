@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyro_lvm._checks import refuse
-from pyro_lvm._json import numbers, read_json, refused, write_json
+from pyro_lvm._json import numbers, read_json, write_json
 from pyro_lvm._version import __version__
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS
@@ -219,9 +219,7 @@ class LogMarginal:
         Raises:
             CheckpointError: there is no such file, it is damaged, of another kind, or of a newer format.
         """
-        content = read_json(path, "LogMarginal")
-        with refused(path, "LogMarginal"):
-            return cls.from_dict(content)
+        return read_json(path, "LogMarginal", cls.from_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The record in lists, numbers and words."""

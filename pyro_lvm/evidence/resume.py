@@ -25,7 +25,7 @@ from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import CheckpointError
 from pyro_lvm.evidence.columns import COLUMNS, Columns
-from pyro_lvm.evidence.digest import add_values, parameter_digest
+from pyro_lvm.evidence.digest import add_values
 from pyro_lvm.tracing.batch import Rows
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan
@@ -154,9 +154,9 @@ class Checkpoint:
 
 
 def fingerprint(plan: Plan, model: Model, guide: Guide, source: Rows, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells calls apart: options, the parameters, and the first and last rows with their log-weights.
+    """What tells calls apart: options, a digest of the parameters among them, and the first and last rows.
 
-    The log-weights, of one draw with a seed of their own, see what has no name: a constant in the code of a model.
+    Log-weights of these rows, of one draw with a seed of their own, see what has no name: a constant in a model's code.
     """
     last = len(source) - min(PROBE_ROWS, len(source))
     ends = (slice(0, len(source)),) if plan.tied else (slice(0, PROBE_ROWS), slice(last, len(source)))
@@ -169,7 +169,7 @@ def fingerprint(plan: Plan, model: Model, guide: Guide, source: Rows, options: M
     found: dict[str, Any] = {name: str(value) for name, value in options.items()}
     found |= {"num_data": str(len(source)), "dtype": str(batch.args[0].dtype), "data_plate": plan.model_layout.plate}
     found |= {"particles": f"model {plan.model_mode}, guide {plan.guide_mode}", "log_weights": log_weights}
-    return found | {"x": data.hexdigest(), "parameters": parameter_digest(model, guide, batch)}
+    return found | {"x": data.hexdigest()}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -66,7 +66,7 @@ def make_batch(x: torch.Tensor, args: Sequence[Any], data_args: DataArgs = "auto
     """x and its companions; tensors with ``len(x)`` rows go with x unless ``data_args`` lists those that do.
 
     Raises:
-        DataTypeError: ``data_args`` is neither.
+        DataTypeError: ``data_args`` is neither ``"auto"`` nor a list of integers.
         ShapeError: an argument named in ``data_args`` has not one row per datum.
     """
     args = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in args]
@@ -74,15 +74,13 @@ def make_batch(x: torch.Tensor, args: Sequence[Any], data_args: DataArgs = "auto
     def has_rows(a: Any) -> bool:
         return isinstance(a, torch.Tensor) and a.dim() > 0 and len(a) == len(x)
 
-    listed = isinstance(data_args, list | tuple) and all(isinstance(i, int | np.integer) for i in data_args)
-    if not listed and not (isinstance(data_args, str) and data_args == "auto"):
-        cure = "List the positions, from 0, of the arguments after x that have one row per datum."
-        raise DataTypeError(refuse("data_args", '"auto" or integers', repr(data_args), cure))
-    if isinstance(data_args, str):
+    if isinstance(data_args, str) and data_args == "auto":
         return Batch((x, *args), (True, *map(has_rows, args)))
+    cure = "List the positions, from 0, of the arguments after x that have one row per datum."
+    if not isinstance(data_args, list | tuple) or not all(isinstance(i, int | np.integer) for i in data_args):
+        raise DataTypeError(refuse("data_args", '"auto" or integers', repr(data_args), cure))
     for i in data_args:
         if not (0 <= i < len(args) and has_rows(args[i])):
             got = tuple(args[i].shape) if 0 <= i < len(args) and isinstance(args[i], torch.Tensor) else "none"
-            cure = "List the positions, from 0, of the arguments after x that have one row per datum."
             raise ShapeError(refuse("data_args", f"argument {i} to have {len(x)} rows", got, cure))
     return Batch((x, *args), (True, *(i in data_args for i in range(len(args)))))

@@ -29,7 +29,11 @@ def model(x: torch.Tensor) -> None:
 @pytest.mark.parametrize("num_particles", [1000, 5000])
 @pytest.mark.parametrize("tail_index", [0.34, 0.3, 0.2, 0.1, -0.3, -2.0])
 def test_intervals_cover(tail_index: float, num_particles: int) -> None:
-    """95 % intervals cover 93 to 97 % of 2,000 repeats (four standard errors of that share are 1.9 %), all counted."""
+    """95 % intervals cover 93 to 97 % of 2,000 repeats, all counted; four standard errors of that share are 1.9 %.
+
+    Where the weights have no fourth moment the error is underestimated now and then: at a tail index of 0.34 and 1,000
+    particles three seeds gave 93.4 to 94.0 %. The seed is fixed.
+    """
 
     def guide(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
