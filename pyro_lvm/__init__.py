@@ -2,7 +2,7 @@
 
 A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the same arguments.
 
-* `fit` trains a pair with Pyro's SVI, `best_of` from several starts.
+* `fit` trains a pair with Pyro's SVI, `best_of` from several starts; `save` and `load` keep what was trained.
 * `log_marginal` estimates log p(x) of every datum, with an error and a verdict.
 * `inference_gap` says what a guide loses by its family, and what by its encoder.
 * `compare` puts pairs side by side; `log_weights` and `elbo` are what all of it is made of.
@@ -29,7 +29,7 @@ from pyro_lvm.evidence import LogMarginal
 from pyro_lvm.evidence import importance as log_marginal
 from pyro_lvm.gaps import InferenceGap, inference_gap
 from pyro_lvm.tracing import elbo, log_weights
-from pyro_lvm.training import FitResult, best_of, callbacks, fit
+from pyro_lvm.training import FitResult, best_of, callbacks, fit, load, save
 
 __all__ = [
     "CheckpointError",
@@ -58,6 +58,7 @@ __all__ = [
     "fit",
     "guides",
     "inference_gap",
+    "load",
     "log_marginal",
     "log_weights",
     "models",
@@ -65,5 +66,6 @@ __all__ = [
     "objectives",
     "ops",
     "plots",
+    "save",
     "transforms",
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyro_lvm._json import read_json, write_json
+from pyro_lvm._files import read_json, write_json
 from pyro_lvm.evidence import LogMarginal
 from pyro_lvm.evidence.record import to_arviz
 from pyro_lvm.table import TextTable

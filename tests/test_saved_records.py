@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import pyro_lvm as lvm
-from pyro_lvm._json import write_json
+from pyro_lvm._files import write_json
 from pyro_lvm.comparison import Comparison
 from pyro_lvm.errors import CheckpointError
 from pyro_lvm.evidence import LogMarginal, closed_form
@@ -148,7 +148,7 @@ def test_other_files(tmp_path: Path) -> None:
 
 def test_a_newer_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pyro_lvm._json.FORMAT", 2)
+        patch.setattr("pyro_lvm._files.FORMAT", 2)
         estimated().save(tmp_path / "r.json")
     with pytest.raises(CheckpointError, match=r"format 1 or older, got 2 in .*Install a newer version"):
         LogMarginal.load(tmp_path / "r.json")

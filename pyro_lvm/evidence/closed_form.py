@@ -8,9 +8,9 @@ from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Data, DataPlate
 from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.evidence.data import data_provenance, data_source
-from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import DataArgs
+from pyro_lvm.tracing.digest import DataDigest, parameter_digest
 from pyro_lvm.tracing.weights import evaluation
 
 __all__ = ["closed_form"]

@@ -11,9 +11,9 @@ from pyro_lvm._checks import check_chunks, check_positive_int, shown
 from pyro_lvm._typing import Chunks, Data, DataPlate, Model
 from pyro_lvm.errors import SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
+from pyro_lvm.tracing.digest import DataDigest, parameter_digest
 from pyro_lvm.tracing.grid import Grid, finite_grid
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair

@@ -5,18 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import check_chunks, check_positive_int, refuse, shown, warn_caller
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
-from pyro_lvm._version import __version__
+from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError, UnreliableEstimateWarning
 from pyro_lvm.evidence.closed_form import closed_form
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.resume import Checkpoint, Progress, fingerprint
@@ -24,6 +22,7 @@ from pyro_lvm.ops import DOUBTFUL, STATUSES, WeightAccumulator, WeightSummary
 from pyro_lvm.ops.memory import keep_freed_memory
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
+from pyro_lvm.tracing.digest import DataDigest, parameter_digest
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, empty_guide, probe_pair
 from pyro_lvm.tracing.weights import check_data, evaluation
@@ -253,7 +252,7 @@ def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:
         "particles": {"model": plan.model_mode, "guide": plan.guide_mode},
         "streamed": "particles" if plan.tied else "data and particles",
         "enumerated": plan.match.enumerated,
-        "versions": {"pyro_lvm": __version__, "pyro": pyro.__version__, "torch": torch.__version__},
+        "versions": versions(),
     }
     return LogMarginal(
         value=value,

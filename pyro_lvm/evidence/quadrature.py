@@ -17,9 +17,9 @@ from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm._typing import Data, DataPlate, Model
 from pyro_lvm.errors import DataTypeError, SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.digest import DataDigest, parameter_digest
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
+from pyro_lvm.tracing.digest import DataDigest, parameter_digest
 from pyro_lvm.tracing.intercept import run, vectorised_frames
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.particles import Latent

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from pyro_lvm._checks import refuse
-from pyro_lvm._json import numbers, read_json, write_json
-from pyro_lvm._version import __version__
+from pyro_lvm._files import numbers, read_json, write_json
+from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS
 from pyro_lvm.ops import DOUBTFUL, STATUSES
@@ -281,7 +281,6 @@ def exact_record(value: torch.Tensor, method: str, num_terms: int, provenance: d
     value = value.double()
     zero = torch.zeros_like(value)
     status = np.where(value.isneginf().cpu().numpy(), "no_support", "nonfinite")
-    versions = {"pyro_lvm": __version__, "torch": torch.__version__}
     return LogMarginal(
         value=value,
         stderr=zero,
@@ -293,7 +292,7 @@ def exact_record(value: torch.Tensor, method: str, num_terms: int, provenance: d
         status=np.where(value.isfinite().cpu().numpy(), "exact", status),
         num_particles=num_terms,
         method=method,
-        provenance={"num_data": len(value), "device": str(value.device), "versions": versions} | provenance,
+        provenance={"num_data": len(value), "device": str(value.device), "versions": versions()} | provenance,
     )
 
 

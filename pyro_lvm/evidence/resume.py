@@ -9,8 +9,6 @@ pickle of objects: what is read runs no code.
 import hashlib
 import math
 import os
-import pickle
-import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +20,13 @@ import numpy as np
 import torch
 
 from pyro_lvm._checks import refuse
+from pyro_lvm._files import read_tensors, write_tensors
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import CheckpointError
 from pyro_lvm.evidence.columns import COLUMNS, Columns
-from pyro_lvm.evidence.digest import add_values
 from pyro_lvm.tracing.batch import Rows
-from pyro_lvm.tracing.isolation import evaluation_rng, validation
+from pyro_lvm.tracing.digest import add_values
+from pyro_lvm.tracing.isolation import evaluation_rng, generator_states, set_generators, validation
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan
 from pyro_lvm.tracing.weights import Proposal, weight_table
 
@@ -84,7 +83,7 @@ class Checkpoint:
         if not (self.path / "state.pt").exists():
             return None
         with self._told():
-            state = torch.load(self.path / "state.pt", weights_only=True)
+            state = read_tensors(self.path / "state.pt", "estimate")
             progress = Progress(**state["progress"])
             found, generators, self.resumed_at[:] = state["fingerprint"], state["generators"], state["resumed_at"]
         self._check(found)
@@ -94,7 +93,7 @@ class Checkpoint:
         self._saved = progress.results
         if progress.results < len(self.columns):
             self.resumed_at.append(progress.rows)
-            _set_generators(generators, self.device)
+            set_generators(generators)
         return progress
 
     @contextmanager
@@ -102,7 +101,7 @@ class Checkpoint:
         """Whatever goes wrong in reading, say which files and what to do."""
         try:
             yield
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             cure = f"Delete {self.path} to begin anew."
             raise CheckpointError(
                 refuse("resume", f"what log_marginal keeps in {self.path}", repr(error), cure)
@@ -118,7 +117,7 @@ class Checkpoint:
 
     def note(self, progress: Progress) -> None:
         """A chunk of data is finished; from time to time it is saved at once."""
-        self._latest = progress, _generators(self.device)
+        self._latest = progress, generator_states([self.device])
         if time.monotonic() - self._time >= _SECONDS:
             self.save()
 
@@ -132,11 +131,7 @@ class Checkpoint:
         table[:, self._saved : progress.results] = self.columns.table(self._saved, progress.results).numpy()
         table.flush()
         state = {"fingerprint": self.expected, "progress": asdict(progress), "generators": generators}
-        with open(self.path / "state.tmp", "wb") as file:
-            torch.save(state | {"resumed_at": self.resumed_at}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.path / "state.tmp", self.path / "state.pt")
+        write_tensors(self.path / "state.pt", "estimate", state | {"resumed_at": self.resumed_at})
         self._saved, self._time = progress.results, time.monotonic()
 
     def _open(self, mode: Any) -> np.memmap:
@@ -180,25 +175,3 @@ def _same(one: Any, other: Any) -> bool:
         math.isclose(a, b, rel_tol=_CLOSE, abs_tol=_CLOSE) or (a != a and b != b)
         for a, b in zip(one, other, strict=True)
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Random numbers.
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    """The states of all generators, in types that are read without running code."""
-    legacy: Any = np.random.get_state()  # noqa: NPY002
-    _, keys, *rest = legacy
-    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    states |= {"numpy": (torch.from_numpy(keys.astype(np.int64)), *rest)}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    keys, *rest = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)

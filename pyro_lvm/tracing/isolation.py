@@ -1,7 +1,7 @@
 """Contexts that leave no trace: random numbers, module modes and validation flags return to what they were."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,7 +14,15 @@ from pyro_lvm._checks import check_seed, refuse
 from pyro_lvm.errors import ShapeError
 from pyro_lvm.tracing.params import anchor
 
-__all__ = ["eval_mode", "evaluation_rng", "forked_rng", "validation"]
+__all__ = [
+    "called_modules",
+    "eval_mode",
+    "evaluation_rng",
+    "forked_rng",
+    "generator_states",
+    "set_generators",
+    "validation",
+]
 
 
 @contextmanager
@@ -47,6 +55,44 @@ def evaluation_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Ab
     """
     seed = check_seed(seed)
     return forked_rng(None if seed is None else (seed * 0x9E3779B1 + 0x7F4A7C15) % 2**32, devices)
+
+
+def generator_states(devices: Sequence[torch.device] = ()) -> dict[str, Any]:
+    """The states of the generators of torch, NumPy and Python, as tensors and plain values."""
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    _, keys, *rest = legacy
+    cuda = {str(device): torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+    numpy = (torch.from_numpy(keys.astype(np.int64)), *rest)
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy, "cuda": cuda}
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Put the generators back to what `generator_states` returned."""
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    keys, *rest = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    for device, state in states["cuda"].items():
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def called_modules(*programs: Callable[..., Any] | None) -> Iterator[list[torch.nn.Module]]:
+    """The modules behind ``programs``, and those that are called inside, in order and without parts of one another."""
+    owners = [owner for owner in map(anchor, programs) if isinstance(owner, torch.nn.Module)]
+    found = {id(owner): owner for owner in owners}
+    modules: list[torch.nn.Module] = []
+
+    def meet(module: torch.nn.Module, *_: Any) -> None:
+        found.setdefault(id(module), module)
+
+    hook = register_module_forward_pre_hook(meet)
+    try:
+        yield modules
+    finally:
+        hook.remove()
+        parts = {id(part) for module in found.values() for part in list(module.modules())[1:]}
+        modules += [module for key, module in found.items() if key not in parts]
 
 
 @contextmanager

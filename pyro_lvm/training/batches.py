@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pyro_lvm._checks import data_tensor, refuse
 from pyro_lvm._typing import Data
 from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.tracing.batch import Batch, make_batch
+from pyro_lvm.tracing.digest import ends_digest
 
 __all__ = ["Batches", "make_batches"]
 
@@ -24,17 +26,21 @@ class Batches:
         epoch: starts one pass over the data; each batch is the tuple of arguments of the model.
         num_data: N, or None where a stream does not say.
         num_batches: batches an epoch, or None.
+        foreseen: whether all batches of an epoch follow from torch's generator as it was at its start.
+        generators: those of a loader's own.
+        digest: of the first and last rows, where they can be looked at.
     """
 
     epoch: Callable[[], Iterator[tuple[Any, ...]]]
     num_data: int | None
     num_batches: int | None
+    foreseen: bool = False
+    generators: tuple[torch.Generator, ...] = ()
+    digest: str | None = None
 
-    def stream(self) -> Iterator[tuple[int, tuple[Any, ...] | None]]:
-        """``(epoch, batch)`` without end; ``(epoch, None)`` marks the end of an epoch."""
-        epoch = 0
-        while True:
-            epoch += 1
+    def stream(self, start: int = 1) -> Iterator[tuple[int, tuple[Any, ...] | None]]:
+        """``(epoch, batch)`` from the start of an epoch without end; ``(epoch, None)`` marks the end of one."""
+        for epoch in count(start):
             empty = True
             for batch in self.epoch():
                 empty = False
@@ -72,16 +78,17 @@ def make_batches(data: Data, batch_size: int, device: torch.device | None) -> Ba
 def _from_tensors(whole: Batch, batch_size: int, device: torch.device | None) -> Batches:
     """A new permutation each epoch, drawn on the CPU; a full batch keeps the order, so that local parameters match."""
     num_data = len(whole)
+    ends = ends_digest(whole)
     if batch_size >= num_data:
         only = whole.to(device).args
-        return Batches(lambda: iter((only,)), num_data, 1)
+        return Batches(lambda: iter((only,)), num_data, 1, foreseen=True, digest=ends)
 
     def epoch() -> Iterator[tuple[Any, ...]]:
         order = torch.randperm(num_data, device="cpu").to(whole.args[0].device)
         for rows in order.split(batch_size):
             yield whole.rows(rows).to(device).args
 
-    return Batches(epoch, num_data, -(-num_data // batch_size))
+    return Batches(epoch, num_data, -(-num_data // batch_size), foreseen=True, digest=ends)
 
 
 def _from_loader(loader: DataLoader[Any], device: torch.device | None) -> Batches:
@@ -94,4 +101,7 @@ def _from_loader(loader: DataLoader[Any], device: torch.device | None) -> Batche
             yield Batch(args, (True,) * len(args)).to(device).args
 
     sized = not isinstance(loader.dataset, IterableDataset)
-    return Batches(epoch, len(loader.sampler) if sized else None, len(loader) if sized else None)  # type: ignore[arg-type]
+    num_data, num_batches = (len(loader.sampler), len(loader)) if sized else (None, None)  # type: ignore[arg-type]
+    found = (getattr(owner, "generator", None) for owner in (loader, loader.sampler, loader.batch_sampler))
+    own = tuple({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
+    return Batches(epoch, num_data, num_batches, generators=own)

@@ -1,4 +1,4 @@
-"""What happens around the steps of `fit`: early stopping, learning-rate schedules, loggers.
+"""What happens around the steps of `fit`: early stopping, learning-rate schedules, loggers, files to go on from.
 
 A callback is a function of the `TrainingState`, called after each whole epoch, or an object with any of these methods:
 
@@ -9,7 +9,7 @@ A callback is a function of the `TrainingState`, called after each whole epoch, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,10 +19,10 @@ from pyro_lvm._typing import Guide, Model, TensorLike
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.tracing import elbo
 from pyro_lvm.tracing.batch import make_batch
-from pyro_lvm.tracing.params import anchor
+from pyro_lvm.training.checkpoint import Checkpoint
 from pyro_lvm.training.state import TrainingState
 
-__all__ = ["EarlyStopping", "Log", "Schedule", "validation_elbo"]
+__all__ = ["Checkpoint", "EarlyStopping", "Log", "Schedule", "validation_elbo"]
 
 #: ``score(model, guide)``, higher is better.
 Score = Callable[[Model, Guide], float]
@@ -61,7 +61,7 @@ class EarlyStopping:
 
     def _reset(self) -> None:
         self.best_score, self.best_step, self._waited = -math.inf, 0, 0
-        self._best: list[tuple[torch.Tensor, torch.Tensor]] = []  # (live tensor, copy)
+        self._best: dict[str, torch.Tensor] = {}
 
     def on_start(self, state: TrainingState) -> None:
         """Forget an earlier run."""
@@ -75,7 +75,7 @@ class EarlyStopping:
         state.history.record(score=value)
         if value > self.best_score:
             self.best_score, self.best_step, self._waited = value, state.step, 0
-            self._best = [(t, t.detach().clone()) for t in _tensors(state)] if self.restore_best else []
+            self._best = {n: t.detach().clone() for n, t in _tensors(state).items()} if self.restore_best else {}
         else:
             self._waited += 1
             if self._waited >= self.patience:
@@ -83,17 +83,25 @@ class EarlyStopping:
 
     def on_end(self, state: TrainingState) -> None:
         """Put the best parameters back."""
+        live = _tensors(state)
         with torch.no_grad():
-            for live, copy in self._best:
-                live.copy_(copy)
-        self._best = []
+            for name, copy in self._best.items():
+                live[name].copy_(copy)
+        self._best = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on has to know."""
+        return {"best": (self.best_score, self.best_step), "waited": self._waited, "tensors": self._best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        (self.best_score, self.best_step), self._waited, self._best = state["best"], state["waited"], state["tensors"]
 
 
-def _tensors(state: TrainingState) -> list[torch.Tensor]:
+def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
     """Everything that training changes: parameters that are updated, and buffers such as batch statistics."""
-    owners = (anchor(program) for program in (state.model, state.guide))
-    buffers = [b for owner in owners if isinstance(owner, torch.nn.Module) for b in owner.buffers()]
-    return list({id(t): t for t in [*state.params.values(), *buffers]}.values())
+    buffers = {f"{i}.{name}": b for i, module in enumerate(state.modules) for name, b in module.named_buffers()}
+    return state.params | {f"buffer {name}": buffer for name, buffer in buffers.items()}
 
 
 def validation_elbo(x: TensorLike, *args: Any, num_particles: int = 1, seed: int = 0) -> Score:
@@ -163,6 +171,15 @@ class Schedule:
         """Advance after an epoch."""
         if self.every == "epoch" and state.optimizer is not None:
             self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the scheduler, once there is one."""
+        return {} if self._scheduler is None else self._scheduler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; the scheduler has been made."""
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state)
 
 
 class Log:

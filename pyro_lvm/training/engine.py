@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
@@ -17,22 +17,24 @@ from pyro.params import param_with_module_name
 
 from pyro_lvm._checks import refuse, shown
 from pyro_lvm._typing import Guide, Model
-from pyro_lvm.errors import ParameterError
+from pyro_lvm.errors import DataTypeError, ParameterError
 from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
 from pyro_lvm.ops.memory import keep_freed_memory
-from pyro_lvm.tracing.isolation import eval_mode, validation
+from pyro_lvm.tracing.isolation import called_modules, eval_mode, validation
 from pyro_lvm.tracing.params import anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.captured import CapturedStep
+from pyro_lvm.training.checkpoint import Checkpoint, restore
 from pyro_lvm.training.diagnosis import explained
+from pyro_lvm.training.history import History
 from pyro_lvm.training.ledger import Ledger
 from pyro_lvm.training.objective import Args, Objective, make_objective
 from pyro_lvm.training.optimizers import GuardedOptimizer, MakeOptimizer, clear_gradients, refused_as_nonfinite
 from pyro_lvm.training.plain import Outcome, PlainStep
-from pyro_lvm.training.state import History, TrainingState
+from pyro_lvm.training.state import TrainingState
 
-__all__ = ["HOOKS", "Engine", "Hooks"]
+__all__ = ["Engine"]
 
 logger = logging.getLogger("pyro_lvm")
 
@@ -54,19 +56,30 @@ class Engine:
         guide: Guide,
         batches: Batches,
         update: str,
-        hooks: list[Hooks],
+        callbacks: Sequence[Any],
         devices: list[torch.device],
     ) -> None:
         self.model, self.guide, self.batches = model, guide, batches
-        self.update, self.hooks, self.devices = update, hooks, devices
-        self.stream = batches.stream()
-        self.batch: Args = next(self.stream)[1] or ()
+        self.update, self.callbacks, self.devices = update, callbacks, devices
+        self.checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        self.hooks = [_hooks(callback) for callback in callbacks if not isinstance(callback, Checkpoint)]
+        self.position = self._start_of(1)
+        stream = batches.stream()
+        first = next(stream)
+        self.batch: Args = first[1] or ()
+        self.stream: Iterator[tuple[int, Args | None]] = chain([first], stream)
         self.names: tuple[set[str], set[str]] = (set(), set())  # of the model, of the guide
         self.state = TrainingState(model, guide, History())
         self.ledger = Ledger(self.state, every=_SETTLE_EVERY if devices and not self._watched() else 1)
         self.captured: CapturedStep | None = None
         self.objective: Objective
+        self.guard: GuardedOptimizer
         self.created: dict[str, torch.Tensor] = {}
+        self.foreign: dict[str, torch.Tensor] = {}  # what the store held before the first step
+        self.declared: tuple[list[str], list[str]] = ([], [])  # `names` on the first batch
+        self.fingerprint: dict[str, Any] = {}  # of the arguments
+        self.resumed_at: list[int] = []
+        self._started, self._replayed = time.perf_counter(), 0
 
     def look(self, loss: Any) -> tuple[set[str], set[str]]:
         """Run the pair on the first batch: which parameters belong to which half, and what is the loss.
@@ -79,7 +92,8 @@ class Engine:
         known = current_params()
         try:
             with self._unnoticed():
-                self.names = parameter_names(self.model, self.guide, *self.batch)
+                with called_modules(self.model, self.guide) as self.state.modules:
+                    self.names = parameter_names(self.model, self.guide, *self.batch)
                 num_data = self.batches.num_data
                 self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
                 self.names[1].update(_baseline_names(loss))
@@ -92,6 +106,7 @@ class Engine:
             raise ParameterError(refuse("update", f"a parameter of the {half}", "none", cure))
         self._clear_gradients()
         self.created = {name: tensor for name, (tensor, _) in current_params().items() if name not in known}
+        self.declared = sorted(self.names[0]), sorted(self.names[1])
         return self.names
 
     @contextmanager
@@ -138,49 +153,87 @@ class Engine:
         num_steps: int | None,
         compile: bool,
         progress: bool | None,
-    ) -> float:
-        """Step until something says stop; returns the seconds that it took."""
+        kept: Mapping[str, Any] | None,
+    ) -> None:
+        """Step until something says stop, from the beginning or from where a `Checkpoint` was ``kept``."""
         objective, state = self.objective, self.state
         total = num_steps or (num_epochs or 0) * (self.batches.num_batches or 0)  # 0 if the data do not say
-        guard = GuardedOptimizer(optim, self.trainable, self._start)
+        guard = self.guard = GuardedOptimizer(optim, self.trainable, self._start)
         state.params = guard.params
         plain = PlainStep(objective, guard)
         if compile:
             self.captured = CapturedStep(plain, objective, (self.model, self.guide), total or math.inf)
         step = self.captured or plain
-        if isinstance(objective.loss, ELBO):
-            self._forget_initial_values()
+        self._begin(kept)
         keep_freed_memory()
-        started = time.perf_counter()
         try:
-            with _bar(progress, total) as bar:
-                for epoch, batch in chain([(1, self.batch)], self.stream):
+            with _bar(progress, total, state.step) as bar:
+                for epoch, batch in self.stream:
                     if batch is None:
-                        self._settle(guard)
+                        self._settle()
                         guard.undo_overflow()
                         self._call("on_epoch")
-                        self._stop_if(epoch == num_epochs, "num_epochs")
-                    if batch is None or state.step == num_steps:
-                        self._stop_if(state.step == num_steps, "num_steps")
-                    else:
-                        outcome = self._step(step, guard, epoch, batch)
-                        self.ledger.write(outcome, objective.num_data(batch), epoch, time.perf_counter() - started)
+                        epoch += 1
+                        self.position = self._start_of(epoch)
+                        self._write()
+                    self._stop_if(num_epochs is not None and epoch > num_epochs, "num_epochs")
+                    self._stop_if(num_steps is not None and state.step >= num_steps, "num_steps")
+                    if batch is not None and not state.stop_reason:
+                        outcome = self._step(step, epoch, batch)
+                        self.position = (epoch, self.position[1] + 1, self.position[2])
+                        self.ledger.write(outcome, objective.num_data(batch), epoch, self.seconds)
                         if self.ledger.is_due:
-                            self._settle(guard)
+                            self._settle()
                         self._call("on_step")
+                        self._write()
                         bar.update()
                     if state.stop_reason:
                         break
+            self._write(last=True)
         except KeyboardInterrupt:
             state.stop_reason = "interrupted"
         finally:
-            self._settle(guard)
+            self._settle()
             guard.undo_overflow()
             self._clear_gradients()
         self._call("on_end")
-        return time.perf_counter() - started
 
-    def _step(self, step: PlainStep | CapturedStep, guard: GuardedOptimizer, epoch: int, batch: Args) -> Outcome:
+    def _begin(self, kept: Mapping[str, Any] | None) -> None:
+        """The state before the first step of this process."""
+        self.foreign = {n: t for n, (t, _) in current_params().items() if n not in self.created}
+        for checkpoint in self.checkpoints:
+            checkpoint.start()
+        if kept is not None:
+            restore(self, kept)
+            self._replayed = kept["replayed"]
+        elif isinstance(self.objective.loss, ELBO):
+            self._forget_initial_values()
+        self._started = time.perf_counter() - (kept["seconds"] if kept else 0.0)
+
+    def _start_of(self, epoch: int) -> tuple[int, int, torch.Tensor | None]:
+        """A position: the epoch, batches done of it, and torch's generator at its start."""
+        return epoch, 0, torch.get_rng_state() if self.checkpoints else None
+
+    def _write(self, last: bool = False) -> None:
+        """Write the checkpoints that are due, where a run can go on."""
+        if self.batches.foreseen or self.position[1] == 0:
+            for checkpoint in self.checkpoints:
+                if last or checkpoint.due(self):
+                    self._settle()
+                    self.guard.undo_overflow()
+                    checkpoint.write(self)
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, in all processes."""
+        return time.perf_counter() - self._started
+
+    @property
+    def replayed(self) -> int:
+        """Number of updates by a captured graph so far, in all processes."""
+        return self._replayed + (self.captured.replayed if self.captured else 0)
+
+    def _step(self, step: PlainStep | CapturedStep, epoch: int, batch: Args) -> Outcome:
         """One update. What the first epoch has validated is not validated again."""
         self.batch = batch
         try:
@@ -191,8 +244,8 @@ class Engine:
                 self._explain(error)
                 raise
             self._clear_gradients()  # of the particles before the one that was refused
-            guard.undo_overflow()
-            outcome = Outcome(guard.loss, finite=False, updated=False)
+            self.guard.undo_overflow()
+            outcome = Outcome(self.guard.loss, finite=False, updated=False)
         if self.state.step == 0 and self.objective.outside:  # a likelihood that is validated would have raised
             logger.warning(
                 "observed sites %s have values outside of their support (grey pixels under a Bernoulli?), where no "
@@ -201,12 +254,12 @@ class Engine:
             )
         return outcome
 
-    def _settle(self, guard: GuardedOptimizer) -> None:
+    def _settle(self) -> None:
         """Read what the steps came to, and give up where too little is finite."""
         ledger = self.ledger
         ledger.settle()
         if ledger.streak:
-            guard.undo_overflow()
+            self.guard.undo_overflow()
         self._stop_if(ledger.streak >= _MAX_STREAK, "nonfinite")
         self._stop_if(self.state.step >= 100 and ledger.skipped > _MAX_SHARE * self.state.step, "nonfinite")
 
@@ -246,7 +299,16 @@ def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:
         raise ParameterError(refuse("guide", "names that the model does not use", clash, cure))
 
 
-def _bar(progress: bool | None, total: int) -> Any:
+def _hooks(callback: Any) -> Hooks:
+    """The methods of a callback; a plain function is called after each epoch."""
+    found = {name: getattr(callback, name) for name in HOOKS if hasattr(callback, name)}
+    if isinstance(callback, type) or not (found or callable(callback)):
+        cure = f"Pass an instance with any of the methods {', '.join(HOOKS)}."
+        raise DataTypeError(refuse("callbacks", "functions of the state, or objects", repr(callback), cure))
+    return found or {"on_epoch": callback}
+
+
+def _bar(progress: bool | None, total: int, done: int) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total or None, unit="step", disable=not shown(progress))
+    return tqdm(total=total or None, initial=done, unit="step", disable=not shown(progress))

@@ -6,24 +6,26 @@ Maximises the ELBO, E_q[log p(x, z) - log q(z | x)], or minimises whatever Pyro 
 import logging
 import warnings
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from torch.distributions import transform_to
 
 from pyro_lvm._checks import check_device, check_positive_int, refuse, shown, warn_caller
 from pyro_lvm._typing import Data, Guide, Model
+from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.objectives.default import check_loss
 from pyro_lvm.tracing.isolation import forked_rng
 from pyro_lvm.tracing.params import Fitted, Params, anchor, training_store
 from pyro_lvm.tracing.probe import empty_guide, note_dtypes
 from pyro_lvm.training.batches import make_batches
-from pyro_lvm.training.engine import HOOKS, Engine, Hooks
+from pyro_lvm.training.checkpoint import read_run
+from pyro_lvm.training.engine import Engine
 from pyro_lvm.training.optimizers import MakeOptimizer, adam
-from pyro_lvm.training.state import FitResult
+from pyro_lvm.training.state import FitResult, make_result
 
 __all__ = ["fit"]
 
@@ -48,6 +50,7 @@ def fit(
     device: torch.device | str | None = None,
     progress: bool | None = None,
     callbacks: Sequence[Any] = (),
+    resume: str | PathLike[str] | None = None,
 ) -> FitResult:
     """Train a model p(x, z) and its guide q(z | x).
 
@@ -93,6 +96,10 @@ def fit(
         progress: show a bar; None shows one in a terminal.
         callbacks: functions of the `TrainingState`, called after each epoch, or objects with any of the methods
             ``on_start``, ``on_step``, ``on_epoch``, ``on_end``; see `pyro_lvm.training.callbacks`.
+        resume: the file of a `callbacks.Checkpoint`. If it is there, the run goes on from it, up to ``num_epochs`` or
+            ``num_steps`` in all, and ends as it would have ended without a break: to the last bit on one machine, with
+            ``compile`` up to rounding. If it is not, the run begins. Call `fit` as that run did, with ``callbacks``
+            and ``optim`` made anew.
 
     Returns:
         FitResult: losses in nats per datum, the history, the parameters and the fitted pair.
@@ -107,6 +114,7 @@ def fit(
         SupportError: validation refuses data outside the support of their likelihood. The first epoch is validated, as
             all data are seen there; with ``compile`` only the steps of it that are plain ones.
         ParameterError: nothing to train.
+        CheckpointError: ``resume`` is a damaged file, or that of another run; the message lists what differs.
 
     Warns:
         RuntimeWarning: the run ended because too many steps were not finite.
@@ -128,43 +136,53 @@ def fit(
     batch_size = check_positive_int("batch_size", batch_size)
     seed = None if seed is None else check_positive_int("seed", seed, minimum=0)
     target = check_device(device)
-    hooks = [_hooks(callback) for callback in _sequence(callbacks)]
     batches = make_batches(data, batch_size, target)
     devices = _cuda_devices(target, data, model, guide)
 
     with forked_rng(seed, devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NAN_WARNING, category=UserWarning)
-        engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, hooks, devices)
+        engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, _sequence(callbacks), devices)
+        engine.fingerprint = {"seed": seed, "update": update, "loss": type(loss).__name__, "data": batches.digest}
+        engine.fingerprint |= {"num_data": batches.num_data, "num_batches": batches.num_batches}
+        kept = None if resume is None else read_run(resume)
         try:
             with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
-                seconds = engine.train(optim or adam, num_epochs, num_steps, compile, progress)
+                engine.train(optim or adam, num_epochs, num_steps, compile, progress, kept)
                 notes = (*engine.objective.notes, *_notes(engine.model, engine.guide, engine.objective.loss))
         except RuntimeError as error:
             note_dtypes(error, engine.batch, engine.model, engine.guide)
             raise
     said = tuple(engine.captured.notes) if engine.captured else ()  # logged at once
-    result = _result(engine, store["params"], seconds, said + notes)
+    result = _result(engine, store["params"], said + notes)
     _report(result, notes)
     return result
 
 
-def _result(engine: Engine, params: Params, seconds: float, notes: tuple[str, ...]) -> FitResult:
-    def fitted(program: Any, names: set[str]) -> Fitted:
-        return Fitted(program, {name: param for name, param in params.items() if name in names})
-
-    return FitResult(
-        losses=torch.tensor([row["loss"] for row in engine.state.history], dtype=torch.float64),
-        num_steps=len(engine.state.history),
-        seconds=seconds,
+def _result(engine: Engine, params: Params, notes: tuple[str, ...]) -> FitResult:
+    return make_result(
+        (engine.model, engine.guide),
+        engine.names,
+        params,
+        engine.state.history,
+        seconds=engine.seconds,
         stop_reason=engine.state.stop_reason or "",
         skipped=engine.ledger.skipped,
-        captured=engine.captured.replayed if engine.captured else 0,
-        history=engine.state.history,
-        params={name: transform_to(constraint)(t).detach().clone() for name, (t, constraint) in sorted(params.items())},
-        model=fitted(engine.model, engine.names[0]),
-        guide=fitted(engine.guide, engine.names[1]),
+        captured=engine.replayed,
         notes=notes,
+        provenance=_provenance(engine),
+        modules=tuple(engine.state.modules),
     )
+
+
+def _provenance(engine: Engine) -> dict[str, Any]:
+    loss = engine.objective.loss
+    return engine.fingerprint | {
+        "loss": type(loss).__name__ if isinstance(loss, ELBO) else getattr(loss, "__qualname__", type(loss).__name__),
+        "optim": type(engine.guard.optimizer).__name__,
+        "device": str(engine.batch[0].device),
+        "versions": versions(),
+        "resumed_at": engine.resumed_at,
+    }
 
 
 def _notes(model: Any, guide: Any, loss: Any) -> tuple[str, ...]:
@@ -221,15 +239,6 @@ def _sequence(callbacks: Any) -> Sequence[Any]:
     if not isinstance(callbacks, list | tuple):
         raise DataTypeError(refuse("callbacks", "a list or tuple", type(callbacks).__name__, "Pass [callback]."))
     return callbacks
-
-
-def _hooks(callback: Any) -> Hooks:
-    """The methods of a callback; a plain function is called after each epoch."""
-    found = {name: getattr(callback, name) for name in HOOKS if hasattr(callback, name)}
-    if isinstance(callback, type) or not (found or callable(callback)):
-        cure = f"Pass an instance with any of the methods {', '.join(HOOKS)}."
-        raise DataTypeError(refuse("callbacks", "functions of the state, or objects", repr(callback), cure))
-    return found or {"on_epoch": callback}
 
 
 def _cuda_devices(target: torch.device | None, data: Any, *programs: Any) -> list[torch.device]:

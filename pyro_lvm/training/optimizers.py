@@ -32,6 +32,7 @@ class GuardedOptimizer(PyroOptim):
     Attributes:
         optimizer: the torch or Pyro optimizer; a torch optimizer is made at the first gradient.
         params: name -> live tensor of each parameter that it updates.
+        adopted: their names, in the groups in which the optimizer was given them.
         loss: total loss of the latest step, a float or a 0-dim tensor.
         finite: whether the latest step's loss and gradients were finite.
         updated: whether the latest step changed the parameters.
@@ -51,6 +52,7 @@ class GuardedOptimizer(PyroOptim):
         self.check_loss = True
         self.optimizer: Any = None
         self.params: dict[str, torch.Tensor] = {}
+        self.adopted: list[list[str]] = []
         self.loss: Any = math.nan
         self.finite = True
         self.updated = False
@@ -97,7 +99,7 @@ class GuardedOptimizer(PyroOptim):
         return _all_finite(tensors)
 
     def _update(self, chosen: dict[str, torch.Tensor]) -> None:
-        self._adopt(chosen)
+        self.adopt(chosen)
         self.remember(chosen)
         if isinstance(self.optimizer, PyroOptim):
             self.optimizer(list(chosen.values()))
@@ -124,10 +126,13 @@ class GuardedOptimizer(PyroOptim):
                 for live, value in self._before.values():
                     live.copy_(value)
 
-    def _adopt(self, chosen: dict[str, torch.Tensor]) -> None:
+    def adopt(self, chosen: Mapping[str, torch.Tensor]) -> None:
         """Make the optimizer of all parameters, or hand it those that came into being since."""
         new = {name: p for name, p in chosen.items() if self.params.get(name) is not p}
+        if not new:
+            return
         self.params.update(new)
+        self.adopted.append(list(new))
         if self.optimizer is None:
             self.optimizer = self._make if isinstance(self._make, PyroOptim) else _made(self._make, list(new.values()))
             self._on_start(self.optimizer)

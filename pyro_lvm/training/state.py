@@ -1,43 +1,18 @@
-"""What a training run carries: its history, the state that callbacks see, and the record that it ends with."""
+"""What a training run carries: the state that callbacks see, and the record that it ends with."""
 
-import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Any
 
 import torch
+from torch.distributions import transform_to
 
 from pyro_lvm._typing import Guide, Model
-from pyro_lvm.tracing.params import Fitted
+from pyro_lvm.tracing.params import Fitted, Params
+from pyro_lvm.training.history import History
 
-__all__ = ["FitResult", "History", "TrainingState"]
-
-
-class History(list[dict[str, Any]]):
-    """One row a step: ``step``, ``epoch``, ``loss`` (nats per datum), ``seconds``, and what callbacks recorded.
-
-    Steps and epochs count from 1. A list of dictionaries goes into ``pandas.DataFrame(history)`` as it is.
-
-    Example:
-        >>> history = History([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}])
-        >>> history.record(score=-1.0)
-        >>> history[-1]
-        {'step': 2, 'loss': 1.5, 'score': -1.0}
-    """
-
-    def record(self, **values: Any) -> None:
-        """Add columns to the row of the latest step."""
-        self[-1].update(values)
-
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write all rows to ``path``; a column that a row lacks stays empty."""
-        columns = list(dict.fromkeys(name for row in self for name in row))
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self)
+__all__ = ["FitResult", "TrainingState", "make_result"]
 
 
 @dataclass(eq=False)
@@ -51,6 +26,7 @@ class TrainingState:
         optimizer: the torch optimizer of all parameters, or the Pyro optimizer that was given; None until the first
             gradient is there.
         params: name -> unconstrained live tensor of each parameter that is updated.
+        modules: those that the pair calls; of one that is part of another only the whole.
         step: steps done, skipped ones included.
         epoch: the epoch of this step.
         loss: loss of this step, nats per datum.
@@ -62,6 +38,7 @@ class TrainingState:
     history: History
     optimizer: Any = None
     params: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: list[torch.nn.Module] = field(default_factory=list)
     step: int = 0
     epoch: int = 1
     loss: float = math.nan
@@ -90,6 +67,9 @@ class FitResult:
         model: the model with the parameters that it learned.
         guide: the guide with the parameters that it learned.
         notes: what model, guide and loss say about themselves, see `fit`.
+        provenance: of the run: seed, loss, optimizer, number of data and of batches an epoch, device, versions;
+            ``resumed_at``, the steps at which it went on from a file.
+        modules: those that the pair calls.
     """
 
     losses: torch.Tensor
@@ -103,6 +83,8 @@ class FitResult:
     guide: Fitted
     notes: tuple[str, ...] = ()
     captured: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+    modules: tuple[torch.nn.Module, ...] = ()
 
     def __repr__(self) -> str:
         finite = self.losses[self.losses.isfinite()]
@@ -120,6 +102,29 @@ class FitResult:
                 *(f"  note        {note}" for note in self.notes),
             )
         )
+
+
+def make_result(
+    pair: tuple[Model, Guide],
+    names: tuple[Collection[str], Collection[str]],
+    params: Params,
+    history: History,
+    **rest: Any,
+) -> FitResult:
+    """The record of a pair whose halves use the parameters of these ``names``."""
+    model, guide = (
+        Fitted(program, {name: param for name, param in params.items() if name in own})
+        for program, own in zip(pair, names, strict=True)
+    )
+    return FitResult(
+        losses=torch.tensor([row["loss"] for row in history], dtype=torch.float64),
+        num_steps=len(history),
+        history=history,
+        params={name: transform_to(constraint)(t).detach().clone() for name, (t, constraint) in sorted(params.items())},
+        model=model,
+        guide=guide,
+        **rest,
+    )
 
 
 def _name(program: Callable[..., Any]) -> str:

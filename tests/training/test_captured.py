@@ -15,9 +15,10 @@ from pyro_lvm.guides import DiagonalNormal, Flow, FullRankNormal
 from pyro_lvm.models import DeepGaussian
 from pyro_lvm.nn import MLP
 from pyro_lvm.training import callbacks, fit
+from pyro_lvm.training.history import History
 from pyro_lvm.training.ledger import Ledger
 from pyro_lvm.training.plain import Outcome
-from pyro_lvm.training.state import History, TrainingState
+from pyro_lvm.training.state import TrainingState
 from tests.training.pairs import BATCH, PAIRS, X, assert_equal, trained
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from pyro_lvm._files import tensor_bytes
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.tracing.batch import Batch
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.params import anchor
-from pyro_lvm.tracing.probe import run_pair
+from pyro_lvm.tracing.probe import PROBE_ROWS, run_pair
 
-__all__ = ["DataDigest", "add_values", "parameter_digest"]
+__all__ = ["DataDigest", "add_values", "ends_digest", "parameter_digest"]
 
 
 class DataDigest:
@@ -46,7 +47,7 @@ def _kind(value: Any) -> str:
 
 
 def _chained(chain: str, value: torch.Tensor) -> str:
-    content, link = _bytes(value), bytes.fromhex(chain)
+    content, link = tensor_bytes(value), bytes.fromhex(chain)
     size = len(content) // len(value)
     for row in range(len(value)):
         link = hashlib.sha256(link + content[row * size : (row + 1) * size]).digest()
@@ -66,17 +67,19 @@ def parameter_digest(model: Model, guide: Guide | None, batch: Batch | None) -> 
     return digest.hexdigest()
 
 
+def ends_digest(data: Batch) -> str:
+    """Of the first and the last few data."""
+    digest = hashlib.sha256()
+    for rows in (slice(0, PROBE_ROWS), slice(-PROBE_ROWS, None)):
+        add_values(digest, ((str(i), value) for i, value in enumerate(data.rows(rows).args)))
+    return digest.hexdigest()
+
+
 def add_values(digest: Any, items: Iterable[tuple[str, Any]]) -> None:
     """Names and values of tensors and of plain arguments."""
     for name, value in items:
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(_bytes(value))
+            digest.update(tensor_bytes(value))
         elif isinstance(value, str | int | float | None):
             digest.update(f"{name} {value!r}".encode())
-
-
-def _bytes(value: torch.Tensor) -> bytes:
-    dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
-    dense = dense.cpu().clone(memory_format=torch.contiguous_format)
-    return dense.flatten().view(torch.uint8).numpy().tobytes()
