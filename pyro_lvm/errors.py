@@ -4,6 +4,7 @@ __all__ = [
     "CheckpointError",
     "DatasetError",
     "DataTypeError",
+    "NonFiniteError",
     "ParameterError",
     "PlateError",
     "PyroLVMError",
@@ -37,6 +38,10 @@ class ShapeError(PyroLVMError, ValueError):
 
 class ParameterError(PyroLVMError, ValueError):
     """Parameters are not finite, or it is not clear which values of them are meant."""
+
+
+class NonFiniteError(PyroLVMError, ValueError):
+    """Training has not had one finite loss."""
 
 
 class DataTypeError(PyroLVMError, TypeError):

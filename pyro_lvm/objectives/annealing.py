@@ -4,7 +4,7 @@ r"""The ELBO with its KL weighed: warm-up, beta-VAE, any schedule.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -106,6 +106,14 @@ class KLAnnealing(ELBO):
     def beta(self) -> float:
         """The weight of the next update."""
         return _weight("beta(step)", self.schedule(self.step)) if callable(self.schedule) else self.schedule
+
+    def state_dict(self) -> dict[str, int]:
+        """How many updates it has counted."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state_dict`."""
+        self.step = state["step"]
 
     def loss(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> float:
         """The loss of all data with the weight of the next update, in nats."""

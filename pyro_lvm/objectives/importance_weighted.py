@@ -21,7 +21,7 @@ from pyro_lvm.tracing.handlers import noted_rows
 from pyro_lvm.tracing.params import current_params
 from pyro_lvm.tracing.weights import weight_table
 
-__all__ = ["BASELINE", "ImportanceWeightedELBO"]
+__all__ = ["BASELINE", "ImportanceWeightedELBO", "register_baseline"]
 
 #: Name of the baseline in the param store; no program of a user has a module of this name.
 BASELINE = "ImportanceWeightedELBO.baseline"
@@ -209,14 +209,19 @@ def _number(loss: torch.Tensor) -> float:
     return float(warn_if_nan(loss.detach(), "loss"))
 
 
-def _level(baseline: torch.nn.Module, x: torch.Tensor, num_data: int) -> torch.Tensor:
-    """b(x), ``(N,)``, of a baseline that is put where `SVI` looks for parameters."""
+def register_baseline(baseline: torch.nn.Module) -> None:
+    """Put a baseline where `SVI` looks for parameters."""
     held = current_params()
     for name, param in baseline.named_parameters():
         full_name = param_with_module_name(BASELINE, name)
         if full_name in held and held[full_name][0] is not param:
             del pyro.get_param_store()[full_name]  # another baseline's, which would be trained in the place of this one
     pyro.module(BASELINE, baseline)
+
+
+def _level(baseline: torch.nn.Module, x: torch.Tensor, num_data: int) -> torch.Tensor:
+    """b(x), ``(N,)``."""
+    register_baseline(baseline)
     level = torch.as_tensor(baseline(x))
     if level.shape not in ((num_data,), (num_data, 1)):
         cure = "Return one number per datum: the bound that is expected for it, in nats."

@@ -6,7 +6,7 @@ takes the same steps, to the last bit.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,17 @@ from torch.distributions import constraints
 from pyro_lvm._checks import check_positive_int, refuse
 from pyro_lvm._files import read_tensors, write_tensors
 from pyro_lvm.errors import CheckpointError, DataTypeError
+from pyro_lvm.objectives.annealing import KLAnnealing
+from pyro_lvm.objectives.importance_weighted import ImportanceWeightedELBO, register_baseline
 from pyro_lvm.tracing.isolation import generator_states, set_generators
-from pyro_lvm.tracing.params import Params, current_params
+from pyro_lvm.tracing.params import current_params
 from pyro_lvm.training.history import Columns
+from pyro_lvm.training.values import differences, fill, held_by, listed, live
 
 if TYPE_CHECKING:
     from pyro_lvm.training.engine import Engine
 
-__all__ = ["Checkpoint", "differences", "fill", "held_by", "read_run", "restore"]
+__all__ = ["Checkpoint", "read_run", "restore"]
 
 logger = logging.getLogger("pyro_lvm")
 
@@ -106,13 +109,15 @@ def _snapshot(run: "Engine") -> dict[str, Any]:
         state = optimizer.get_state() if isinstance(optimizer, PyroOptim) else optimizer.state_dict()
     return {
         "fingerprint": run.fingerprint,
-        "names": run.declared,
+        "declared": run.declared,
+        "names": [sorted(half) for half in run.names],
         "params": {name: here[name][0] for name in mine},
         "constraints": {name: str(here[name][1]) for name in mine},
         "modules": held_by(run.state.modules, current_params()),
         "optimizer": (run.guard.adopted, type(optimizer).__name__, state),
         "callbacks": [(type(owner).__name__, owner.state_dict()) for owner in _stateful(run.callbacks)],
         "loss": loss.state_dict() if hasattr(loss, "state_dict") else None,
+        "max_plate_nesting": getattr(_innermost(loss), "max_plate_nesting", None),
         "position": run.position,
         "generators": generator_states(run.devices),
         "data_generators": [generator.get_state() for generator in run.batches.generators],
@@ -132,6 +137,8 @@ def read_run(path: str | PathLike[str]) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the file is damaged, of another kind, or of a newer format.
     """
+    if not isinstance(path, str | PathLike):
+        raise DataTypeError(refuse("resume", "the path of a file", repr(path), "Pass that of a callbacks.Checkpoint."))
     Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed while it wrote
     if not Path(path).exists():
         logger.info("there is no %s to go on from: the run begins", path)
@@ -145,8 +152,11 @@ def restore(run: "Engine", content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file is of other arguments, parameters or callbacks; the message lists what differs.
     """
+    loss = run.objective.loss
+    if isinstance(loss, ImportanceWeightedELBO) and loss.baseline is not None:
+        register_baseline(loss.baseline)
     _check(run, content)
-    declared = {name for half in content["names"] for name in half}
+    declared = {name for half in content["declared"] for name in half}
     for name, value in content["params"].items():
         if name not in declared:  # a loss has made it, or a batch after the first
             pyro.get_param_store()[name] = value.to(run.batch[0].device)
@@ -155,7 +165,11 @@ def restore(run: "Engine", content: Mapping[str, Any]) -> None:
     for owner, (_, state) in zip(_stateful(run.callbacks), content["callbacks"], strict=True):
         owner.load_state_dict(state)
     if content["loss"] is not None:
-        run.objective.loss.load_state_dict(content["loss"])
+        loss.load_state_dict(content["loss"])
+    if content["max_plate_nesting"] is not None:  # else Pyro guesses it by one more run, with random numbers
+        _innermost(loss).max_plate_nesting = content["max_plate_nesting"]
+    for names, half in zip(run.names, content["names"], strict=True):
+        names.update(half)
     run.state.history[:] = Columns.rows(content["history"])
     run.state.step, run.state.epoch = content["step"], content["epoch"]
     run.ledger.skipped, run.ledger.streak = content["ledger"]
@@ -169,17 +183,17 @@ def _check(run: "Engine", content: Mapping[str, Any]) -> None:
     """The file fits the call."""
     there, here = content["fingerprint"], run.fingerprint
     found = [f"{name} {there.get(name)} (here {here[name]})" for name in here if here[name] != there.get(name)]
-    declared = {name for half in content["names"] for name in half}
+    declared = {name for half in content["declared"] for name in half}
     made_later = {name for name, constraint in content["constraints"].items() if constraint == _REAL} - declared
     params = {name: value for name, value in content["params"].items() if name not in made_later}
-    found += differences(params, _live({name for half in run.declared for name in half}))
+    found += differences(params, live({name for half in run.declared for name in half}))
     found += differences(content["modules"], held_by(run.state.modules, current_params()))
     stateful = [type(owner).__name__ for owner in _stateful(run.callbacks)]
     if stateful != [name for name, _ in content["callbacks"]]:
         found.append(f"callbacks {[name for name, _ in content['callbacks']]} (here {stateful})")
     if found:
         cure = "Call `fit` as that run did, or pass another path."
-        raise CheckpointError(refuse("resume", "a file of this run", f"one with {'; '.join(found)}", cure))
+        raise CheckpointError(refuse("resume", "a file of this run", f"one with {listed(found)}", cure))
 
 
 def _restore_optimizer(run: "Engine", adopted: list[list[str]], kind: str, state: Any) -> None:
@@ -193,14 +207,22 @@ def _restore_optimizer(run: "Engine", adopted: list[list[str]], kind: str, state
         if type(guard.optimizer).__name__ != kind:
             raise ValueError(f"it is of {kind}, and `optim` makes {type(guard.optimizer).__name__}")
         if isinstance(guard.optimizer, PyroOptim):
-            for param in guard.params.values():  # which it may know from a run in this process
-                guard.optimizer.optim_objs.pop(param, None)
-            guard.optimizer.set_state(state)
+            guard.optimizer(list(guard.params.values()))  # without gradients nothing moves: it makes its optimizers
+            for name, param in guard.params.items():
+                _load_into(guard.optimizer.optim_objs[param], state[name])
         else:
             guard.optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         cure = "Pass the `optim` of that run."
         raise CheckpointError(refuse("resume", "the state of this optimizer", str(error), cure)) from error
+
+
+def _load_into(optimizer: Any, state: Any) -> None:
+    """Pyro keeps an optimizer for each parameter, or a scheduler that has one."""
+    if "scheduler" in state:
+        optimizer.load_state_dict(state["scheduler"])
+        optimizer, state = optimizer.optimizer, state["optimizer"]
+    optimizer.load_state_dict(state)
 
 
 def _restore_position(run: "Engine", content: Mapping[str, Any]) -> None:
@@ -212,49 +234,13 @@ def _restore_position(run: "Engine", content: Mapping[str, Any]) -> None:
         next(run.stream)
     for own, state in zip(run.batches.generators, content["data_generators"], strict=True):
         own.set_state(state)
-    set_generators(content["generators"])
+    cuda = {name: state for name, state in content["generators"]["cuda"].items() if name in map(str, run.devices)}
+    set_generators(content["generators"] | {"cuda": cuda})
+
+
+def _innermost(loss: Any) -> Any:
+    return loss.wrapped if isinstance(loss, KLAnnealing) else loss
 
 
 def _stateful(callbacks: Sequence[Any]) -> list[Any]:
     return [owner for owner in callbacks if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tensors by name.
-
-
-def held_by(modules: Sequence[torch.nn.Module], params: Params) -> dict[str, torch.Tensor]:
-    """What modules hold beside ``params`` of the store: buffers, and what does not require a gradient."""
-    stored = {id(tensor) for tensor, _ in params.values()}
-    tensors: dict[str, torch.Tensor] = {}
-    for i, module in enumerate(modules):
-        own = (*module.named_parameters(), *module.named_buffers())
-        tensors |= {f"{type(module).__name__} {i}: {name}": t for name, t in own if id(t) not in stored}
-    return tensors
-
-
-def _live(names: Iterable[str]) -> dict[str, torch.Tensor]:
-    here = current_params()
-    return {name: here[name][0] for name in sorted(names) if name in here}
-
-
-def differences(there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]) -> list[str]:
-    """In words: names that only one side has, and tensors of another shape or dtype."""
-    found = [f"{name!r} {_form(tensor)} (not here)" for name, tensor in there.items() if name not in here]
-    found += [f"no {name!r}" for name in here if name not in there]
-    both = [(name, _form(there[name]), _form(here[name])) for name in there if name in here]
-    return found + [f"{name!r} {one} (here {other})" for name, one, other in both if one != other]
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def fill(
-    params: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], modules: Sequence[torch.nn.Module]
-) -> None:
-    """Copy values into the tensors of these names in the store and in modules."""
-    live = _live(params) | held_by(modules, current_params())
-    with torch.no_grad():
-        for name, value in {**params, **held}.items():
-            live[name].copy_(value)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pyro_lvm._checks import refuse
-from pyro_lvm.errors import PlateError, PyroLVMError, SiteError, SupportError
+from pyro_lvm.errors import NonFiniteError, PlateError, PyroLVMError, SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, make_batch
 from pyro_lvm.tracing.intercept import (
     Trace,
@@ -21,6 +21,7 @@ from pyro_lvm.tracing.intercept import (
     is_latent,
     is_observed,
     run,
+    site_log_prob,
     vectorised_frames,
 )
 from pyro_lvm.tracing.isolation import validation
@@ -28,7 +29,7 @@ from pyro_lvm.tracing.plates import find_guide_plate, find_plate
 from pyro_lvm.tracing.probe import MISMATCH, Run, run_or_explain, run_pair
 from pyro_lvm.tracing.sites import outside_data
 
-__all__ = ["check_follows_batches", "explained", "outside_sites"]
+__all__ = ["check_follows_batches", "explained", "outside_sites", "why_nonfinite"]
 
 logger = logging.getLogger("pyro_lvm")
 
@@ -180,3 +181,18 @@ def outside_sites(trace: Trace) -> list[str]:
     with suppress(Exception):  # shapes that do not fit are found out where densities are taken
         return list(outside_data(trace))
     return []
+
+
+def why_nonfinite(model: Program, guide: Program, batch: Args) -> NonFiniteError:
+    """The error for a run without a finite loss: what is not finite on a batch of it."""
+    found = ["x"] if make_batch(batch[0], batch[1:]).has_nan() else []
+    with torch.no_grad(), suppress(Exception):  # the pair may not run on what is not finite
+        pair = run_pair(model, guide, make_batch(batch[0], batch[1:]))
+        for program, trace in (("guide", pair.guide), ("model", pair.model)):
+            for name, site in trace.items():
+                values = site_log_prob(site) if is_latent(site) or is_observed(site) else site["value"]
+                if isinstance(values, torch.Tensor) and not values.isfinite().all():
+                    kind = "parameter" if site["type"] == "param" else "log-density of site"
+                    found.append(f"{kind} {name!r} of the {program}")
+    where = f"Not finite on the latest batch: {', '.join(found)}." if found else "The densities are finite: look at it."
+    return NonFiniteError(refuse("loss", "a finite number in at least one step", "NaN or an infinity in each", where))

@@ -20,19 +20,20 @@ from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import DataTypeError, ParameterError
 from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
 from pyro_lvm.ops.memory import keep_freed_memory
-from pyro_lvm.tracing.isolation import called_modules, eval_mode, validation
+from pyro_lvm.tracing.isolation import called_modules, eval_mode, generator_states, set_generators, validation
 from pyro_lvm.tracing.params import anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.captured import CapturedStep
 from pyro_lvm.training.checkpoint import Checkpoint, restore
-from pyro_lvm.training.diagnosis import explained
+from pyro_lvm.training.diagnosis import explained, why_nonfinite
 from pyro_lvm.training.history import History
 from pyro_lvm.training.ledger import Ledger
 from pyro_lvm.training.objective import Args, Objective, make_objective
 from pyro_lvm.training.optimizers import GuardedOptimizer, MakeOptimizer, clear_gradients, refused_as_nonfinite
 from pyro_lvm.training.plain import Outcome, PlainStep
 from pyro_lvm.training.state import TrainingState
+from pyro_lvm.training.statistics import BatchStatistics
 
 __all__ = ["Engine"]
 
@@ -74,6 +75,7 @@ class Engine:
         self.captured: CapturedStep | None = None
         self.objective: Objective
         self.guard: GuardedOptimizer
+        self.statistics: BatchStatistics
         self.created: dict[str, torch.Tensor] = {}
         self.foreign: dict[str, torch.Tensor] = {}  # what the store held before the first step
         self.declared: tuple[list[str], list[str]] = ([], [])  # `names` on the first batch
@@ -96,7 +98,9 @@ class Engine:
                     self.names = parameter_names(self.model, self.guide, *self.batch)
                 num_data = self.batches.num_data
                 self.objective = make_objective(self.model, self.guide, self.batch, loss, self.update, num_data)
-                self.names[1].update(_baseline_names(loss))
+                if isinstance(loss, ImportanceWeightedELBO) and loss.baseline is not None:
+                    self.state.modules.append(loss.baseline)
+                    self.names[1].update(_baseline_names(loss.baseline))
         except ValueError as error:
             self._explain(error)
             raise
@@ -112,8 +116,12 @@ class Engine:
     @contextmanager
     def _unnoticed(self) -> Iterator[None]:
         """Run the pair and leave no random number drawn, no batch statistic updated; a NaN in the data is no error."""
-        with torch.random.fork_rng(devices=self.devices), eval_mode(self.model, self.guide), validation(False):
-            yield
+        generators = generator_states(self.devices)
+        try:
+            with eval_mode(self.model, self.guide), validation(False):
+                yield
+        finally:
+            set_generators(generators)
 
     def _explain(self, error: ValueError) -> None:
         """Raise what Pyro's error on this batch means, if that is sure."""
@@ -168,7 +176,10 @@ class Engine:
         keep_freed_memory()
         try:
             with _bar(progress, total, state.step) as bar:
-                for epoch, batch in self.stream:
+                if self.position[1] == 0:  # a run that went on may have nothing left to do
+                    self._limit(self.position[0], num_epochs, num_steps)
+                while not state.stop_reason:
+                    epoch, batch = next(self.stream)
                     if batch is None:
                         self._settle()
                         guard.undo_overflow()
@@ -176,19 +187,17 @@ class Engine:
                         epoch += 1
                         self.position = self._start_of(epoch)
                         self._write()
-                    self._stop_if(num_epochs is not None and epoch > num_epochs, "num_epochs")
-                    self._stop_if(num_steps is not None and state.step >= num_steps, "num_steps")
-                    if batch is not None and not state.stop_reason:
-                        outcome = self._step(step, epoch, batch)
-                        self.position = (epoch, self.position[1] + 1, self.position[2])
-                        self.ledger.write(outcome, objective.num_data(batch), epoch, self.seconds)
-                        if self.ledger.is_due:
-                            self._settle()
-                        self._call("on_step")
-                        self._write()
-                        bar.update()
-                    if state.stop_reason:
-                        break
+                    self._limit(epoch, num_epochs, num_steps)
+                    if batch is None or state.stop_reason:
+                        continue
+                    outcome = self._step(step, epoch, batch)
+                    self.position = (epoch, self.position[1] + 1, self.position[2])
+                    self.ledger.write(outcome, objective.num_data(batch), epoch, self.seconds)
+                    if self.ledger.is_due:
+                        self._settle()
+                    self._call("on_step")
+                    self._write()
+                    bar.update()
             self._write(last=True)
         except KeyboardInterrupt:
             state.stop_reason = "interrupted"
@@ -197,10 +206,14 @@ class Engine:
             guard.undo_overflow()
             self._clear_gradients()
         self._call("on_end")
+        if state.stop_reason == "nonfinite" and self.ledger.skipped == state.step:
+            with self._unnoticed():
+                raise why_nonfinite(self.model, self.guide, self.batch)
 
     def _begin(self, kept: Mapping[str, Any] | None) -> None:
         """The state before the first step of this process."""
         self.foreign = {n: t for n, (t, _) in current_params().items() if n not in self.created}
+        self.statistics = BatchStatistics(b for module in self.state.modules for b in module.buffers())
         for checkpoint in self.checkpoints:
             checkpoint.start()
         if kept is not None:
@@ -210,13 +223,19 @@ class Engine:
             self._forget_initial_values()
         self._started = time.perf_counter() - (kept["seconds"] if kept else 0.0)
 
+    def _limit(self, epoch: int, num_epochs: int | None, num_steps: int | None) -> None:
+        """Stop where this epoch, or any further step, is more than was asked for."""
+        self._stop_if(num_epochs is not None and epoch > num_epochs, "num_epochs")
+        self._stop_if(num_steps is not None and self.state.step >= num_steps, "num_steps")
+
     def _start_of(self, epoch: int) -> tuple[int, int, torch.Tensor | None]:
         """A position: the epoch, batches done of it, and torch's generator at its start."""
         return epoch, 0, torch.get_rng_state() if self.checkpoints else None
 
     def _write(self, last: bool = False) -> None:
         """Write the checkpoints that are due, where a run can go on."""
-        if self.batches.foreseen or self.position[1] == 0:
+        trained = self.ledger.skipped < self.state.step
+        if trained and (self.batches.foreseen or self.position[1] == 0):
             for checkpoint in self.checkpoints:
                 if last or checkpoint.due(self):
                     self._settle()
@@ -236,6 +255,7 @@ class Engine:
     def _step(self, step: PlainStep | CapturedStep, epoch: int, batch: Args) -> Outcome:
         """One update. What the first epoch has validated is not validated again."""
         self.batch = batch
+        self.statistics.remember()
         try:
             with nullcontext() if epoch == 1 else validation(False):
                 outcome = step(batch)
@@ -246,6 +266,7 @@ class Engine:
             self._clear_gradients()  # of the particles before the one that was refused
             self.guard.undo_overflow()
             outcome = Outcome(self.guard.loss, finite=False, updated=False)
+        self.statistics.settle(outcome.finite)
         if self.state.step == 0 and self.objective.outside:  # a likelihood that is validated would have raised
             logger.warning(
                 "observed sites %s have values outside of their support (grey pixels under a Bernoulli?), where no "
@@ -280,11 +301,9 @@ class Engine:
                 hook[name](self.state)
 
 
-def _baseline_names(loss: Any) -> list[str]:
+def _baseline_names(baseline: torch.nn.Module) -> list[str]:
     """Parameters of a baseline that a loss trains for the guide, and with it."""
-    baseline = loss.baseline if isinstance(loss, ImportanceWeightedELBO) else None
-    module = torch.nn.Module() if baseline is None else baseline
-    return [param_with_module_name(BASELINE, name) for name, _ in module.named_parameters()]
+    return [param_with_module_name(BASELINE, name) for name, _ in baseline.named_parameters()]
 
 
 def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:

@@ -114,6 +114,7 @@ def fit(
         SupportError: validation refuses data outside the support of their likelihood. The first epoch is validated, as
             all data are seen there; with ``compile`` only the steps of it that are plain ones.
         ParameterError: nothing to train.
+        NonFiniteError: the first ten steps were not finite; the parameters are as they were. It says which densities.
         CheckpointError: ``resume`` is a damaged file, or that of another run; the message lists what differs.
 
     Warns:

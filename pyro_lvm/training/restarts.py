@@ -10,7 +10,7 @@ from torch.distributions import transform_to
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import check_positive_int, refuse, shown
-from pyro_lvm.errors import DataTypeError, ParameterError
+from pyro_lvm.errors import DataTypeError, NonFiniteError, ParameterError
 from pyro_lvm.tracing.isolation import forked_rng
 from pyro_lvm.tracing.params import Fitted, Params, add_to_store, current_params
 from pyro_lvm.training.state import FitResult
@@ -46,6 +46,7 @@ def best_of(
 
     Raises:
         DataTypeError: ``train`` is not callable or returns something else than a `FitResult`.
+        NonFiniteError: no run had a finite loss.
         ParameterError: a later run trained the parameters of an earlier one.
 
     Example:
@@ -63,8 +64,14 @@ def best_of(
     seed, num_restarts = check_positive_int("seed", seed, minimum=0), check_positive_int("num_restarts", num_restarts)
     losses: list[float] = []
     best: FitResult | None = None
+    failure: NonFiniteError | None = None
     for run in tqdm(range(seed, seed + num_restarts), unit="restart", disable=not shown(progress)):
-        result = _run(train, run)
+        try:
+            result = _run(train, run)
+        except NonFiniteError as error:
+            failure = error
+            losses.append(math.inf)
+            continue
         _check_untouched(best)
         losses.append(final_loss(result))
         logger.info("restart with seed %d: final loss %.4f nats per datum", run, losses[-1])
@@ -72,7 +79,9 @@ def best_of(
             best = result
         if result.stop_reason == "interrupted":
             break
-    assert best is not None  # there is at least one run
+    if best is None:
+        assert failure is not None  # there is at least one run
+        raise failure
     _put_into_store(best)
     chosen = seed + losses.index(min(losses))
     listed = ", ".join(f"{loss:.4f}" for loss in losses)

@@ -1,4 +1,4 @@
-"""A trained pair as a file: parameters, batch statistics, history and provenance, to be put into the same pair again."""
+"""A trained pair as a file: parameters, batch statistics, history and provenance, to be put into the pair again."""
 
 from os import PathLike
 from typing import Any
@@ -13,9 +13,9 @@ from pyro_lvm.tracing.isolation import called_modules, eval_mode, evaluation_rng
 from pyro_lvm.tracing.params import current_params, training_store
 from pyro_lvm.tracing.probe import empty_guide
 from pyro_lvm.tracing.questions import parameter_names
-from pyro_lvm.training.checkpoint import differences, fill, held_by
 from pyro_lvm.training.history import Columns, History
 from pyro_lvm.training.state import FitResult, make_result
+from pyro_lvm.training.values import differences, fill, held_by, listed
 
 __all__ = ["load", "save"]
 
@@ -26,8 +26,8 @@ _PLAIN = ("seconds", "stop_reason", "skipped", "notes", "captured", "provenance"
 def save(result: FitResult, path: str | PathLike[str]) -> None:
     """Write a trained pair to a file: what `fit` returned, with the parameters that the pair has now.
 
-    The code of model and guide is not in it, only values: parameters, batch statistics and what else their modules hold,
-    the history and the provenance. It is written whole or not at all.
+    The code of model and guide is not in it, only values: parameters, batch statistics and what else their modules
+    hold, the history and the provenance. It is written whole or not at all.
 
     Args:
         result: what `fit`, `best_of` or `load` returned.
@@ -108,7 +108,7 @@ def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: Tensor
         )
         if differ:
             cure = "Make the pair as it was when it was saved."
-            raise CheckpointError(refuse("path", "the parameters of this pair", "; ".join(differ), cure))
+            raise CheckpointError(refuse("path", "the parameters of this pair", listed(differ), cure))
         return names
 
     with training_store(model, guide, look) as store:

@@ -26,7 +26,18 @@ from torch import nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyro_lvm.errors import DataTypeError, ParameterError, PlateError, PyroLVMError, ShapeError, SiteError
+from pyro_lvm.errors import (
+    DataTypeError,
+    NonFiniteError,
+    ParameterError,
+    PlateError,
+    PyroLVMError,
+    ShapeError,
+    SiteError,
+)
+from pyro_lvm.guides import DiagonalNormal
+from pyro_lvm.models import LinearGaussian
+from pyro_lvm.tracing import elbo
 from pyro_lvm.training import fit
 from pyro_lvm.training.state import FitResult
 
@@ -511,6 +522,52 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_skipped():
     assert result.skipped == 3
     assert result.losses.tolist() == [0.0] * 3
     assert float(result.params["a"]) == 0.0
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.usefixtures("captured_at_once")
+def test_batches_with_nan_leave_batch_statistics_alone(compile):
+    torch.manual_seed(0)
+    x = torch.rand(1000, 4)
+    x[::500] = torch.nan  # two batches an epoch, 1 %
+    encoder = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    model = LinearGaussian(1, 4)
+    guide = DiagonalNormal(1, encoder=encoder)
+    result = fit(model, guide, x, num_epochs=2, batch_size=5, seed=0, compile=compile)
+    assert result.skipped == 4
+    norm = encoder[1]
+    assert norm.num_batches_tracked == 396
+    assert norm.running_mean.isfinite().all()
+    assert norm.running_var.isfinite().all()
+    assert elbo(model, guide, x[1:500]).isfinite().all()
+    assert (result.captured > 300) == compile
+
+
+def nan_model(x, *_):
+    scale = pyro.param("scale", torch.tensor(2.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, scale / (z - z), validate_args=False).mask(True), obs=x[:, 0])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.usefixtures("captured_at_once")
+def test_a_model_that_is_nan_everywhere_is_an_error_and_changes_nothing(compile):
+    encoder = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+
+    def squeezed(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x)[:, 0], 1.0))
+
+    pyro.param("scale", torch.tensor(2.0))
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    words = "loss: expected a finite number in at least one step, .* log-density of site 'x' of the model"
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteError, match=words):
+        fit(nan_model, squeezed, torch.rand(30, 4), num_steps=50, compile=compile)
+    assert pyro.param("scale").item() == 2.0
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_nan_loss_under_finite_gradients_is_skipped():

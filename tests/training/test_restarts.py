@@ -10,7 +10,7 @@ import torch
 
 import pyro_lvm
 from pyro_lvm import best_of
-from pyro_lvm.errors import DataTypeError, ParameterError, ShapeError
+from pyro_lvm.errors import DataTypeError, NonFiniteError, ParameterError, ShapeError
 from pyro_lvm.models import GaussianMixture
 from pyro_lvm.tracing.params import current_params
 from pyro_lvm.training.restarts import final_loss
@@ -139,18 +139,15 @@ def broken_run(seed):
 
 
 def test_a_run_that_failed_loses():
-    with pytest.warns(RuntimeWarning, match="training stopped"):
-        result = best_of(broken_run, num_restarts=3)
+    result = best_of(broken_run, num_restarts=3)
     assert result.stop_reason == "num_steps"
     assert result.notes[0].startswith("best of 3 restarts: seed 1; final losses of seeds 0 to 2: inf, ")
     assert result.notes[0].endswith(", inf")
 
 
-def test_of_failed_runs_only_the_first_is_returned():
-    with pytest.warns(RuntimeWarning, match="training stopped"):
-        result = best_of(lambda seed: broken_run(2 * seed), num_restarts=2)
-    assert result.stop_reason == "nonfinite"
-    assert result.notes[0].startswith("best of 2 restarts: seed 0;")
+def test_where_all_runs_fail_that_is_an_error():
+    with pytest.raises(NonFiniteError, match="parameter 'loc' of the model, log-density of site 'x' of the model"):
+        best_of(lambda seed: broken_run(2 * seed), num_restarts=2)
 
 
 def test_an_interrupted_run_is_the_last():
