@@ -2,6 +2,7 @@
 
 A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the same arguments.
 
+* `check` says what is wrong with a pair before it is trained.
 * `fit` trains a pair with Pyro's SVI, `best_of` from several starts; `save` and `load` keep what was trained.
 * `log_marginal` estimates log p(x) of every datum, with an error and a verdict.
 * `inference_gap` says what a guide loses by its family, and what by its encoder.
@@ -10,6 +11,7 @@ A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the s
 
 from pyro_lvm import datasets, errors, evidence, guides, models, nn, objectives, ops, plots, transforms
 from pyro_lvm._version import __version__
+from pyro_lvm.check import CheckReport, Finding, check
 from pyro_lvm.compare import compare
 from pyro_lvm.comparison import Comparison
 from pyro_lvm.errors import (
@@ -33,10 +35,12 @@ from pyro_lvm.tracing import elbo, log_weights
 from pyro_lvm.training import FitResult, best_of, callbacks, fit, load, save
 
 __all__ = [
+    "CheckReport",
     "CheckpointError",
     "Comparison",
     "DataTypeError",
     "DatasetError",
+    "Finding",
     "FitResult",
     "InferenceGap",
     "LogMarginal",
@@ -52,6 +56,7 @@ __all__ = [
     "__version__",
     "best_of",
     "callbacks",
+    "check",
     "compare",
     "datasets",
     "elbo",

@@ -17,7 +17,15 @@ __all__ = [
 
 
 class PyroLVMError(Exception):
-    """Base of every error that the package raises."""
+    """Base of every error that the package raises.
+
+    Attributes:
+        finding: its name among the findings of `pyro_lvm.check`, each of which has a page; empty if it has none.
+    """
+
+    def __init__(self, message: str = "", finding: str = "") -> None:
+        super().__init__(message)
+        self.finding = finding
 
 
 class PlateError(PyroLVMError, ValueError):

@@ -68,7 +68,8 @@ def default_loss(program: Program, model: Trace, guide: Trace) -> tuple[Any, boo
     if lacking:
         sampled = [n for n, s in guide.items() if is_latent(s)]
         cure = f"Sample {lacking} in the guide: only discrete latents may be left out, to be enumerated."
-        raise SiteError(refuse("guide", f"the latent sites {list(latents)} of the model", sampled, cure))
+        message = refuse("guide", f"the latent sites {list(latents)} of the model", sampled, cure)
+        raise SiteError(message, finding="missing-site")
     marked = any(is_latent(s) and s["infer"].get("enumerate") for s in guide.values())
     if not (missing or marked):
         return Trace_ELBO(), False

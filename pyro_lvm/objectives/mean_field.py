@@ -125,7 +125,7 @@ def check_mean_field(model: Model, guide: Guide, args: tuple[Any, ...]) -> Analy
     with torch.enable_grad():
         record = _look(model, guide, run_pair(model, guide, Batch(args, (True,) * len(args))))
     if record.faults:
-        raise SiteError("\n".join(record.faults))
+        raise SiteError("\n".join(record.faults), finding="mean-field")
     return record
 
 
@@ -157,7 +157,8 @@ def _shared_latents(model: Trace, guide: Trace) -> list[str]:
     sampled = [n for n, s in guide.items() if is_latent(s) and not s["infer"].get("is_auxiliary")]
     if set(latents) != set(sampled):
         cure = "TraceMeanField_ELBO enumerates nothing: sample the same latents in both, or pass another loss."
-        raise SiteError(refuse("guide", f"the latent sites {latents} of the model", sampled, cure))
+        message = refuse("guide", f"the latent sites {latents} of the model", sampled, cure)
+        raise SiteError(message, finding="missing-site")
     return latents
 
 

@@ -3,9 +3,6 @@ r"""Signal-to-noise ratio of a stochastic gradient, parameter by parameter, besi
 .. math:: \mathrm{SNR}(g) = \frac{\lVert E[g] \rVert}{\sqrt{\sum_i \mathrm{Var}(g_i)}}
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,14 +10,15 @@ import torch
 from pyro_lvm._checks import check_positive_int, data_tensor, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike
 from pyro_lvm.errors import ParameterError
-from pyro_lvm.objectives.default import check_loss, model_and_loss
+from pyro_lvm.objectives.default import check_loss
+from pyro_lvm.objectives.gradients import gradient_moments, gradients_put_aside, program_and_loss
 from pyro_lvm.objectives.snr_record import GradientGroup, GradientSNR, Part
 from pyro_lvm.objectives.usage import latent_usage
 from pyro_lvm.ops.running import RunningMoments
-from pyro_lvm.tracing.batch import Batch, make_batch
+from pyro_lvm.tracing.batch import make_batch
 from pyro_lvm.tracing.isolation import evaluation_rng
-from pyro_lvm.tracing.params import current_params, module_parameters
-from pyro_lvm.tracing.probe import empty_guide, run_pair
+from pyro_lvm.tracing.params import current_params
+from pyro_lvm.tracing.probe import empty_guide
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.tracing.weights import evaluation
 
@@ -29,8 +27,6 @@ __all__ = ["gradient_snr"]
 # Rounding error of a gradient, in units of eps x |loss|: a sum over N data of terms that cancel errs by sqrt(N) eps of
 # their size, and the loss grows like N.
 _NOISE_FACTOR = 4
-
-Leaves = dict[str, torch.Tensor]
 
 
 def gradient_snr(
@@ -106,13 +102,13 @@ def gradient_snr(
     with evaluation(model, guide), torch.enable_grad():
         with evaluation_rng(0, devices):
             names = parameter_names(model, guide, *batch.args)
-            program, objective = _program_and_loss(model, guide, batch, loss)
+            program, objective = program_and_loss(model, guide, batch, loss)
         leaves = {n: t for n, (t, _) in current_params().items() if n in names[0] | names[1] and t.requires_grad}
         if not leaves:
             cure = "Declare one by pyro.param, pyro.module or a PyroModule."
             raise ParameterError(refuse("model, guide", "a parameter with a gradient", "none", cure))
-        with evaluation_rng(seed, devices), _gradients_put_aside(model, guide, objective):
-            values, moments = _repeat(objective, program, guide, batch, leaves, num_repeats)
+        with evaluation_rng(seed, devices), gradients_put_aside(model, guide, objective):
+            values, moments = gradient_moments(objective, program, guide, batch, leaves, num_repeats)
     eps = max(torch.finfo(leaf.dtype).eps for leaf in leaves.values())
     rounding = _NOISE_FACTOR * eps * max(1.0, float(values.mean.abs()))
     parameters = {n: _group(n, _part(n, names), [moments[n]], num_repeats, rounding) for n in sorted(leaves)}
@@ -127,52 +123,6 @@ def gradient_snr(
         getattr(objective, "__name__", type(objective).__name__),
         num_repeats,
     )
-
-
-def _program_and_loss(model: Model, guide: Guide, batch: Batch, loss: Any) -> tuple[Model, Any]:
-    """The model as the loss sees it, and a copy of the loss."""
-    with torch.no_grad():
-        pair = run_pair(model, guide, batch)
-    program, objective = model_and_loss(model, model, pair.model, pair.guide, loss)
-    return program, copy.copy(objective)
-
-
-@contextmanager
-def _gradients_put_aside(*holders: Any) -> Iterator[None]:
-    """Give parameters the gradients back that they had."""
-    inside = [part for holder in holders for part in getattr(holder, "__dict__", {}).values()]  # a baseline of the loss
-    tensors = [t for t, _ in current_params().values()]
-    tensors += [p for holder in (*holders, *inside) if callable(holder) for p in module_parameters(holder)]
-    before = [(t, t.grad) for t in tensors]
-    try:
-        yield
-    finally:
-        for tensor, grad in before:
-            tensor.grad = grad
-
-
-def _repeat(
-    loss: Any, model: Model, guide: Guide, batch: Batch, leaves: Leaves, num_repeats: int
-) -> tuple[RunningMoments, dict[str, RunningMoments]]:
-    """Moments of the loss and of the gradient of each parameter."""
-    values, moments = RunningMoments(), {name: RunningMoments() for name in leaves}
-    backward: Callable[..., Any] = getattr(loss, "loss_and_grads", None) or _backward(loss)
-    for _ in range(num_repeats):
-        for leaf in leaves.values():
-            leaf.grad = None
-        values.add(torch.as_tensor(backward(model, guide, *batch.args)))
-        for name, leaf in leaves.items():
-            moments[name].add(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-    return values, moments
-
-
-def _backward(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def backward(*args: Any) -> torch.Tensor:
-        value = loss(*args)
-        value.backward()
-        return value.detach()
-
-    return backward
 
 
 def _part(name: str, names: tuple[set[str], set[str]]) -> Part:

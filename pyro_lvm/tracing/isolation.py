@@ -1,6 +1,8 @@
 """Contexts that leave no trace: random numbers, module modes and validation flags return to what they were."""
 
+import copy
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,6 +23,7 @@ __all__ = [
     "forked_rng",
     "generator_states",
     "set_generators",
+    "uncalled_copy",
     "validation",
 ]
 
@@ -95,9 +98,24 @@ def called_modules(*programs: Callable[..., Any] | None) -> Iterator[list[torch.
         modules += [module for key, module in found.items() if key not in parts]
 
 
+def uncalled_copy(guide: Any) -> Any:
+    """An AutoGuide takes the size of its first data for good: of one that has not been called a copy."""
+    if getattr(guide, "prototype_trace", ...) is not None:
+        return guide
+    held = [(part, part._model, part.master) for part in guide.modules() if "_model" in vars(part)]
+    copied = copy.deepcopy(guide)  # which takes both from the original as well
+    twins = dict(zip(guide.modules(), copied.modules(), strict=True))
+    for part, model, master in held:
+        part._model, part.master = model, master
+        twins[part]._model, twins[part].master = model, None if master is None else weakref.ref(twins[master()])
+    return copied
+
+
 @contextmanager
-def eval_mode(*programs: Callable[..., Any] | None) -> Iterator[None]:
+def eval_mode(*programs: Callable[..., Any] | None) -> Iterator[list[torch.nn.Module]]:
     """Run modules in eval mode and restore their modes: those of ``programs``, and any other that is called inside.
+
+    Yields the modules that were in train mode, so far.
 
     A plain function may call modules that nothing else knows of, so each module is switched at its first call.
     """
@@ -115,7 +133,7 @@ def eval_mode(*programs: Callable[..., Any] | None) -> Iterator[None]:
                 switch(part)
     hook = register_module_forward_pre_hook(switch)
     try:
-        yield
+        yield switched
     finally:
         hook.remove()
         for module in switched:

@@ -33,6 +33,7 @@ __all__ = [
     "add_to_store",
     "anchor",
     "current_params",
+    "held_by_others",
     "evaluation_store",
     "module_parameters",
     "own_store",
@@ -261,6 +262,12 @@ def _owners(name: str, tensor: torch.Tensor) -> set[Pair]:
         for partner, entry in record.by_partner.items()
         if entry.params.get(name, (None,))[0] is tensor
     }
+
+
+def held_by_others(model: Model, guide: Guide) -> set[str]:
+    """Names under which the current store holds what `fit` trained in another pair."""
+    pair = frozenset((_record(model), _record(guide)))
+    return {name for name, (tensor, _) in current_params().items() if _owners(name, tensor) - {pair}}
 
 
 def _clashes(mine: Params, pair: Pair, trainable: Callable[[str], bool]) -> Params:

@@ -48,7 +48,8 @@ def find_plate(runs: Sequence[tuple[Trace, int]], requested: str) -> str:
     if not any(True for site in observed):
         raise SiteError(
             'model: expected at least one observed site, got none. Write `pyro.sample("x", ..., obs=x)`.'
-            + site_table(trace)
+            + site_table(trace),
+            finding="no-data",
         )
     names = common_plates(observed)
     if requested != "auto":
@@ -58,7 +59,8 @@ def find_plate(runs: Sequence[tuple[Trace, int]], requested: str) -> str:
         fitting = [n for n in fitting if n in common_plates(latent)] or fitting
     if len(fitting) == 1:
         return fitting[0]
-    raise PlateError(_why_no_plate(fitting, names, trace, num_data) + " " + _CURE + site_table(trace))
+    why = _why_no_plate(fitting, names, trace, num_data)
+    raise PlateError(why + " " + _CURE + site_table(trace), finding="data-plate")
 
 
 def common_plates(sites: Iterable[Any]) -> list[str]:
@@ -111,7 +113,8 @@ def check_enclosed(plate: str, trace: Trace, program: str, names: Iterable[str])
             raise PlateError(
                 f"{program} site {name!r}: expected it inside the data plate {plate!r}, got it outside: it belongs to "
                 f"all data at once, so a result per datum does not exist. {_CURE}{joint}"
-                + site_table(*((trace,) if program == "model" else ({}, trace)))
+                + site_table(*((trace,) if program == "model" else ({}, trace))),
+                finding="outside-plate",
             )
 
 

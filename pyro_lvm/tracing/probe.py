@@ -187,12 +187,14 @@ def run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
             if int(found["size"]) == len(batch) and _guide_follows(guide, batch, found["plate"]):
                 raise SiteError(
                     f"site {found['site']!r}: {error}. Dimensions to the right of the plates belong to the event: "
-                    "declare them, e.g. `dist.Normal(...).to_event(1)`."
+                    "declare them, e.g. `dist.Normal(...).to_event(1)`.",
+                    finding="event-dims",
                 ) from error
             raise PlateError(
                 f"plate {found['plate']!r}: expected size {len(batch)}, the length of x, in both programs: {error}. "
                 "Give the plate the size len(x), or pass `subsample=` the indices of the rows of x. A guide with "
-                "parameters for each datum (an AutoGuide) only knows the data that it was trained on."
+                "parameters for each datum (an AutoGuide) only knows the data that it was trained on.",
+                finding="plate-size",
             ) from error
         if "Expected parameter" in str(error):
             _check_finite(None)
@@ -229,7 +231,8 @@ def _check_finite(pair: Run | None) -> None:
     if bad:
         raise ParameterError(
             f"parameters {bad}: expected finite values, got NaN or infinity. Train again from finite values "
-            "(a lower learning rate or clipped gradients), or load a good checkpoint."
+            "(a lower learning rate or clipped gradients), or load a good checkpoint.",
+            finding="not-finite",
         )
 
 
@@ -319,7 +322,8 @@ def _check_uncoupled(program: str, runner: Runner, batch: Batch, expected: Table
                 f"{program}: expected data that are independent given their latents, got densities of one datum that "
                 "change with the other data in x. Remove what couples them (a batch mean, batch normalisation that is "
                 "always in train mode, a dependence on neighbours), pass data_args=() if an argument has len(x) rows "
-                "by chance, or ask for one joint result with data_plate=None."
+                "by chance, or ask for one joint result with data_plate=None.",
+                finding="coupled-data",
             )
 
 

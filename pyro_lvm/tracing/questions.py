@@ -49,7 +49,8 @@ def _check_own_tensors(trace: Trace) -> None:
             "A guide that differs from that of a VampPrior needs the prior as it is now, "
             "`with torch.no_grad(): prior = vamp()`. After loading a param store, load state_dicts instead."
         )
-        raise ParameterError(refuse("parameters", "those of the module that registers them", others[:3], cure))
+        message = refuse("parameters", "those of the module that registers them", others[:3], cure)
+        raise ParameterError(message, finding="shared-name")
 
 
 def holds_probabilities(model: Model, guide: Guide | None, data: Rows) -> bool | None:

@@ -33,6 +33,7 @@ __all__ = [
     "check_free",
     "guide_sites",
     "has_bounded_data",
+    "has_log_density",
     "is_delta",
     "mask_of",
     "match_sites",
@@ -101,7 +102,8 @@ def match_sites(model: Trace, guide: Trace) -> Match:
     if cardinality > MAX_SUPPORT:
         raise SiteError(
             f"guide: expected the latent sites {missing} of the model, got {list(proposals)}; they have {cardinality} "
-            f"joint values, more than the {MAX_SUPPORT} that are enumerated. Sample them in the guide."
+            f"joint values, more than the {MAX_SUPPORT} that are enumerated. Sample them in the guide.",
+            finding="missing-site",
         )
     sampled = tuple(n for n in latents if n in proposals)
     for name in sampled:
@@ -131,7 +133,8 @@ def _check_masks(name: str, model: Site, guide: Site) -> None:
         cure += ": where the value is missing, `mask=~obs_mask`." if is_unobserved(name) else "."
         raise SiteError(
             f"latent site {name!r}: expected one mask in model and guide, got {' and '.join(counts)}: the weight "
-            f"p(x, z)/q(z) would lack one of the two densities. {cure}"
+            f"p(x, z)/q(z) would lack one of the two densities. {cure}",
+            finding="masks",
         )
 
 
@@ -170,7 +173,8 @@ def _cardinality(name: str, site: Site, available: list[str]) -> int:
     raise SiteError(
         f"guide: expected every latent site of the model, got {available} without {name!r}."
         f"{_suggest(name, available)} Sample {name!r} in the guide; only discrete sites with a finite support may be "
-        "left out, to be enumerated."
+        "left out, to be enumerated.",
+        finding="missing-site",
     )
 
 
@@ -179,18 +183,21 @@ def _check_guide_sites(model: Trace, latents: dict[str, Site], guide: Trace, pro
     for name, site in guide.items():
         if is_observed(site) and not isinstance(base_distribution(site["fn"]), Unit):
             raise SiteError(
-                f"guide site {name!r}: expected no observed site, got obs=. Observe data in the model only."
+                f"guide site {name!r}: expected no observed site, got obs=. Observe data in the model only.",
+                finding="observed-in-guide",
             )
         if not is_latent(site) or name in latents or name in auxiliary:
             continue
         if name in model:
             raise SiteError(
-                f"guide site {name!r}: expected latent sites of the model, got one that the model observes. Remove it."
+                f"guide site {name!r}: expected latent sites of the model, got one that the model observes. Remove it.",
+                finding="observed-in-guide",
             )
         without = [n for n in latents if n not in proposals]
         raise SiteError(
             f"guide site {name!r}: expected latent sites of the model {list(latents)}, got a site that the model lacks."
-            f"{_suggest(name, without)} Rename or remove it."
+            f"{_suggest(name, without)} Rename or remove it.",
+            finding="extra-site",
         )
     _check_auxiliary(auxiliary, proposals)
 
@@ -202,14 +209,16 @@ def _check_auxiliary(auxiliary: list[str], proposals: dict[str, Site]) -> None:
     if points:
         raise SupportError(
             f"guide site {points[0]!r}: expected a density, got a point mass (Delta), which covers none of the prior's "
-            "support. Use a guide with spread, e.g. AutoNormal."
+            "support. Use a guide with spread, e.g. AutoNormal.",
+            finding="point-mass",
         )
     sizes = [sum(proposals[n]["value"].numel() for n in names) for names in (auxiliary, deltas)]
     if sizes[0] > sizes[1] or (auxiliary and not deltas):
         raise SiteError(
             f"guide sites {auxiliary} are auxiliary: expected that each determines a latent site as a `Delta` with a "
             f"`log_density`, got {sizes[0]} auxiliary elements for {sizes[1]} determined ones. Without a density of "
-            "the auxiliary draw given z, the weight p(x, z)/q(z) is not defined: make z itself the sampled site."
+            "the auxiliary draw given z, the weight p(x, z)/q(z) is not defined: make z itself the sampled site.",
+            finding="auxiliary-draw",
         )
 
 
@@ -235,17 +244,20 @@ def check_determined(guide: Callable[..., Any], args: Sequence[Any], trace: Trac
         if name in deltas and not by and not has_log_density(rerun[name]):
             raise SupportError(
                 f"guide site {name!r}: expected a density, got a point mass (Delta) that no auxiliary draw moves. "
-                "Use a guide with spread, e.g. AutoNormal."
+                "Use a guide with spread, e.g. AutoNormal.",
+                finding="point-mass",
             )
         if by and name not in deltas:
             raise SiteError(
                 f"guide site {name!r}: expected a `Delta` with a `log_density`, for it depends on the auxiliary draw "
                 f"{sorted(by)}, got {type(rerun[name]['fn']).__name__}. Without a density of that draw given z the "
-                "weight p(x, z)/q(z) is not defined."
+                "weight p(x, z)/q(z) is not defined.",
+                finding="auxiliary-draw",
             )
     idle = set(leaves).difference(*moved_by.values())
     if idle:
-        raise SiteError(f"guide sites {sorted(idle)} are auxiliary: expected that each moves a `Delta`, got none.")
+        message = f"guide sites {sorted(idle)} are auxiliary: expected that each moves a `Delta`, got none."
+        raise SiteError(message, finding="auxiliary-draw")
     return {n for n in deltas if not moved_by[n]}
 
 
@@ -265,7 +277,8 @@ def _moved_by(site: Site, leaves: dict[str, torch.Tensor]) -> set[str]:
         if not all(torch.allclose(s.abs(), torch.ones_like(s), atol=1e-4) for s in units):
             raise SiteError(
                 f"guide site {site['name']!r}: expected a `Delta` with the `log_density` of its change of variables, "
-                f"minus log |dz/da|, got none. Pass `log_density=`, or make {site['name']!r} itself the sampled site."
+                f"minus log |dz/da|, got none. Pass `log_density=`, or make {site['name']!r} itself the sampled site.",
+                finding="auxiliary-draw",
             )
     return moved
 
@@ -285,7 +298,8 @@ def _covers(name: str, prior: Any, proposal: Any) -> bool:
     if _cuts(outer, inner) or bool(outside_support(proposal, draws).any()):
         raise SupportError(
             f"guide site {name!r}: expected a support that covers the prior's, {theirs}, got {ours}. Whatever the "
-            "guide cannot propose is missing from log p(x): use a family with the prior's support."
+            "guide cannot propose is missing from log p(x): use a family with the prior's support.",
+            finding="narrow-guide",
         )
     alike = type(element_constraint(theirs)) is type(element_constraint(ours))
     return is_real(theirs) or (alike and not _cuts(inner, outer))

@@ -61,8 +61,8 @@ class Checkpoint:
         >>> from pyro_lvm.training import fit
         >>> path = tempfile.mkdtemp() + "/run.pt"
         >>> model, x = LinearGaussian(1, 2), torch.zeros(4, 2)
-        >>> half = fit(model, model.posterior, x, num_steps=5, seed=0, callbacks=[Checkpoint(path)])
-        >>> fit(model, model.posterior, x, num_steps=10, seed=0, resume=path).num_steps
+        >>> half = fit(model, None, x, num_steps=5, seed=0, callbacks=[Checkpoint(path)])
+        >>> fit(model, None, x, num_steps=10, seed=0, resume=path).num_steps
         10
     """
 

@@ -121,16 +121,16 @@ def explained(
         held = int(found[4])
         if held == num_data and held > len(batch[0]) and held not in batch[0].shape[1:]:  # not the width of a datum
             expected, got = f"the {len(batch[0])} data of a batch in plate {found['plate']!r}", f"all {num_data} data"
-            return PlateError(refuse(f"site {found['site']!r}", expected, got, _CURE))
+            return PlateError(refuse(f"site {found['site']!r}", expected, got, _CURE), "plate-size")
         return _explained_mismatch(model, guide, batch)
     if found := _RANK.search(str(error)):
         cure = "Declare all other dimensions as the event, `.to_event(1)`, or put the site in a plate of size len(x)."
         expected = f"one log-density per element of its plates, {found['expected']}"
-        return SiteError(refuse(f"site {found['site']!r}", expected, found["got"], cure))
+        return SiteError(refuse(f"site {found['site']!r}", expected, found["got"], cure), "event-dims")
     if found := _EVENT.search(str(error)):
         expected = f"{found['model']} event dimensions, as in the model"
         cure = "Declare them alike in both programs, e.g. `dist.Normal(...).to_event(1)`."
-        return SiteError(refuse(f"guide site {found['site']!r}", expected, found["guide"], cure))
+        return SiteError(refuse(f"guide site {found['site']!r}", expected, found["guide"], cure), "event-dims")
     if found := _SCORE.search(str(error)):
         with torch.no_grad(), suppress(Exception):  # the message must stand on a run of the pair that can be had again
             trace = run_pair(model, guide, make_batch(batch[0], batch[1:])).model
@@ -164,16 +164,20 @@ def _explained_score(trace: Trace, name: str, reason: str, num_data: int) -> Pyr
         cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         outside = value[~constraint.check(value)].flatten()
         example = outside[~outside.isnan()][0].item()
-        return SupportError(refuse(argument, f"values in {in_words(constraint)}", example, cure))
+        return SupportError(
+            refuse(argument, f"values in {in_words(constraint)}", example, cure), "data-outside-support"
+        )
     if "not broadcastable with" not in reason:
         return None
     plates = {f.name: f.size for f in vectorised_frames(site)}
     if plates and num_data not in plates.values() and num_data in value.shape:
         cure = "Give the plate the size len(x), or pass `subsample=` the indices of the rows of x."
-        return PlateError(refuse(argument, f"a plate of size {num_data}, the length of x", f"plates {plates}", cure))
+        return PlateError(
+            refuse(argument, f"a plate of size {num_data}, the length of x", f"plates {plates}", cure), "plate-size"
+        )
     expected = f"values that fit batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}"
     cure = "Give the distribution the shape of the data; dimensions to the right of the plates: `.to_event(1)`."
-    return SiteError(refuse(argument, expected, f"shape {tuple(value.shape)}", cure))
+    return SiteError(refuse(argument, expected, f"shape {tuple(value.shape)}", cure), "event-dims")
 
 
 def outside_sites(trace: Trace) -> list[str]:

@@ -35,7 +35,7 @@ from pyro_lvm.training.plain import Outcome, PlainStep
 from pyro_lvm.training.state import TrainingState
 from pyro_lvm.training.statistics import BatchStatistics
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "check_one_tensor_a_name"]
 
 logger = logging.getLogger("pyro_lvm")
 
@@ -90,7 +90,7 @@ class Engine:
             ParameterError: nothing to train.
             PlateError, SiteError: the pair does not fit the batch.
         """
-        _check_one_tensor_a_name(self.model, self.guide)
+        check_one_tensor_a_name(self.model, self.guide)
         known = current_params()
         try:
             with self._unnoticed():
@@ -306,7 +306,7 @@ def _baseline_names(baseline: torch.nn.Module) -> list[str]:
     return [param_with_module_name(BASELINE, name) for name, _ in baseline.named_parameters()]
 
 
-def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:
+def check_one_tensor_a_name(model: Model, guide: Guide) -> None:
     """A `PyroModule` names its parameters by its attributes alone: of two tensors of one name Pyro trains the first."""
     owners = [
         owner for owner in (anchor(model), anchor(guide)) if isinstance(owner, PyroModule) and not owner._pyro_name
@@ -315,7 +315,8 @@ def _check_one_tensor_a_name(model: Model, guide: Guide) -> None:
     clash = [name for name in ours if name in theirs and ours[name] is not theirs[name]]
     if clash:
         cure = "Name the attributes differently in model and guide: Pyro would train one and never the other."
-        raise ParameterError(refuse("guide", "names that the model does not use", clash, cure))
+        message = refuse("guide", "names that the model does not use", clash, cure)
+        raise ParameterError(message, finding="shared-name")
 
 
 def _hooks(callback: Any) -> Hooks:

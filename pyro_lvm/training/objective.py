@@ -122,7 +122,8 @@ def _check_no_surplus(model: Trace, guide: Trace) -> None:
     if surplus:
         latents = [n for n, s in model.items() if is_latent(s)]
         cure = 'Give both the same name, or mark an auxiliary one with infer={"is_auxiliary": True}.'
-        raise SiteError(refuse("guide", f"no more than the latent sites {latents} of the model", surplus, cure))
+        message = refuse("guide", f"no more than the latent sites {latents} of the model", surplus, cure)
+        raise SiteError(message, finding="extra-site")
 
 
 def _is_messenger(program: Program) -> bool:

@@ -44,9 +44,9 @@ def save(result: FitResult, path: str | PathLike[str]) -> None:
         >>> torch.manual_seed(0) and None
         >>> model, x = LinearGaussian(1, 2), torch.zeros(4, 2)
         >>> path = tempfile.mkdtemp() + "/pair.pt"
-        >>> save(fit(model, model.posterior, x, num_steps=2, seed=0), path)
+        >>> save(fit(model, None, x, num_steps=2, seed=0), path)
         >>> again = LinearGaussian(1, 2)  # with other values, in another process for instance
-        >>> load(path, again, again.posterior, x).num_steps
+        >>> load(path, again, None, x).num_steps
         2
         >>> torch.equal(again.weight, model.weight)
         True

@@ -1,0 +1,88 @@
+"""Whether there are results datum by datum, and what they are worth."""
+
+from collections.abc import Iterator
+
+import torch
+
+from pyro_lvm._typing import Model
+from pyro_lvm.findings.record import Finding, Subject, finding, quoted
+from pyro_lvm.tracing.batch import Batch
+from pyro_lvm.tracing.handlers import noted_rows
+from pyro_lvm.tracing.intercept import Site, Trace, is_latent, run
+from pyro_lvm.tracing.isolation import evaluation_rng
+from pyro_lvm.tracing.probe import probe_pair
+
+__all__ = ["OTHER_MODES", "QUESTIONS"]
+
+#: Ways of running particles that are not one dimension more.
+OTHER_MODES = ("folded", "looped")
+
+
+def _evaluation(subject: Subject) -> Iterator[Finding]:
+    if subject.needs_no_guide:
+        return
+    subject.plan = plan = probe_pair(subject.model, subject.guide, subject.batch)
+    if plan.tied:
+        message = "pair: runs on all of x only, for it has parameters for each datum or a plate of fixed size."
+        yield finding("whole-data", message, "Train it with batch_size=len(x), and evaluate it on these very data.")
+    modes = {"model": plan.model_mode, "guide": plan.guide_mode}
+    words = " and ".join(f"the {program} are {mode}" for program, mode in modes.items() if mode in OTHER_MODES)
+    if words:
+        message = f"particles in {words}: reshapes or control flow do not take them as a further dimension."
+        yield finding("particles", message, "The evaluators see to it; do not use Pyro's vectorize_particles=True.")
+
+
+def _subsample(subject: Subject) -> Iterator[Finding]:
+    """A plate whose rows the guide draws anew, where the model has chosen them: Pyro then takes the guide's."""
+    frames = {f for s in subject.pair.guide.values() if s["type"] == "sample" for f in s["cond_indep_stack"]}
+    for name in sorted(f.name for f in frames if f.full_size not in (None, f.size)):
+        if _draws_rows(subject.guide, name, subject.batch) and not _draws_rows(subject.model, name, subject.batch):
+            message = f"guide plate {name!r}: expected the rows that the model names, got rows that the guide draws."
+            cure = "Pyro gives them to the model, in the place of those of x: pass the same `subsample=` in the guide."
+            yield finding("redrawn-subsample", message, cure, name)
+
+
+def _draws_rows(program: Model, plate: str, batch: Batch) -> bool:
+    watched, seen = noted_rows(program, plate)
+    for seed in range(4):
+        with evaluation_rng(seed):
+            watched(*batch.args)
+    return any(not torch.equal(torch.as_tensor(seen[0]), torch.as_tensor(rows)) for rows in seen[1:])
+
+
+def _looks_at_x(subject: Subject) -> Iterator[Finding]:
+    """Whether q(z | x) changes where the data change places; with parameters for each datum it need not."""
+    plan, batch = subject.plan, subject.batch
+    x = batch.args[0]
+    if plan is None or plan.tied or plan.guide_layout.plate is None or torch.equal(x, x.roll(1, 0)):
+        return
+    moved = Batch(
+        tuple(a.roll(1, 0) if own else a for a, own in zip(batch.args, batch.per_datum, strict=True)), batch.per_datum
+    )
+    latents = {n: s["value"] for n, s in subject.pair.guide.items() if is_latent(s)}
+    with evaluation_rng(1):
+        before = run(subject.guide, batch.args, values=latents)
+    with evaluation_rng(1):
+        after = run(subject.guide, moved.args, values=latents)
+    if latents and all(_same_density(before, after, name) for name in latents):
+        message = f"guide: expected q(z | x) that changes with x, got the same for all data at {quoted(latents)}."
+        cure = "Use x in the guide; a guide without it is right only where the posterior is one for all data."
+        yield finding("guide-ignores-x", message, cure, next(iter(latents)))
+
+
+def _same_density(before: Trace, after: Trace, name: str) -> bool:
+    value = before[name]["value"]
+    try:
+        one, other = (trace[name]["fn"].log_prob(value) for trace in (before, after))
+    except (KeyError, NotImplementedError):  # a density that only its own draws have
+        one, other = (_drawn(trace[name]) for trace in (before, after))
+    return one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
+
+
+def _drawn(site: Site) -> torch.Tensor:
+    with evaluation_rng(1):
+        return torch.as_tensor(site["fn"].sample())
+
+
+#: In the order in which they are asked.
+QUESTIONS = (_evaluation, _subsample, _looks_at_x)

@@ -1,0 +1,116 @@
+"""The loss of a pair and its gradients."""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+
+from pyro_lvm._typing import Model
+from pyro_lvm.findings.evaluation import OTHER_MODES
+from pyro_lvm.findings.record import Finding, Subject, finding, quoted, told
+from pyro_lvm.objectives.default import model_and_loss
+from pyro_lvm.objectives.gradients import gradient_moments
+from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
+from pyro_lvm.objectives.setting import needs_score
+from pyro_lvm.tracing.intercept import is_latent, run
+from pyro_lvm.tracing.isolation import validation
+from pyro_lvm.tracing.params import current_params
+from pyro_lvm.tracing.plates import nesting
+from pyro_lvm.training.diagnosis import explained
+
+__all__ = ["QUESTIONS"]
+
+
+_REPEATS = 3  # gradients: a parameter may have none by chance in one
+
+
+def _gradients(subject: Subject) -> Iterator[Finding]:
+    pair, given = subject.pair, subject.loss
+    program, loss = model_and_loss(subject.model, subject.model, pair.model, pair.guide, given)
+    loss = copy.copy(loss)
+    found = [*_options(subject, loss), *_score(subject, loss), *_kl(subject, program, loss)]
+    yield from found
+    if any(each.level == "error" for each in found):
+        return
+    leaves = {n: t for n, (t, _) in current_params().items() if n in subject.names[0] | subject.names[1]}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if not leaves:
+        yield finding("nothing-to-train", "pair: expected a parameter with a gradient, got none.", "See pyro.param.")
+        return
+    try:
+        with validation(not subject.batch.has_nan()), torch.enable_grad():
+            values, moments = gradient_moments(loss, program, subject.guide, subject.batch, leaves, _REPEATS)
+    except ValueError as error:
+        named = explained(error, subject.model, subject.guide, subject.batch.args, len(subject.batch))
+        if named is None:
+            raise
+        yield told(named)
+        return
+    infinite = [name for name in leaves if not moments[name].mean.isfinite().all()]
+    if infinite or not values.mean.isfinite().all():
+        message = (
+            f"loss: expected finite numbers, got {float(values.mean):g}, and no finite gradient of {quoted(infinite)}."
+        )
+        yield finding("not-finite", message, "Look for NaN in x, divisions by 0, and scales that underflow.")
+        return
+    still = [n for n in leaves if not (moments[n].mean.any() or moments[n].variance.any())]
+    if still:
+        message = f"parameters: expected a gradient for each, got 0 in {_REPEATS} repeats for {quoted(still)}."
+        cure = (
+            "Does the density depend on them? A second module under one name, a detach() or a branch leaves them out."
+        )
+        yield finding("no-gradient", message, cure, still[0])
+
+
+def _options(subject: Subject, loss: Any) -> Iterator[Finding]:
+    """What the options of a Pyro loss make of this pair."""
+    if not isinstance(loss, ELBO):
+        return
+    depth, known = nesting(subject.pair.model, subject.pair.guide), getattr(loss, "max_plate_nesting", math.inf)
+    if known < depth:
+        message = f"loss: expected max_plate_nesting of {depth} or more, as deep as the plates are, got {known:g}."
+        yield finding("plate-nesting", message, "A loss keeps that number from its first pair: make a new one.")
+    plan = subject.plan
+    modes = [] if plan is None else [mode for mode in (plan.model_mode, plan.guide_mode) if mode in OTHER_MODES]
+    if modes and loss.vectorize_particles and loss.num_particles > 1:
+        message = f"loss: expected a pair that takes particles as a further dimension, got one that is {modes[0]}."
+        yield finding("vectorised-particles", message, "Pass vectorize_particles=False: it fails or is wrong as it is.")
+
+
+def _score(subject: Subject, loss: Any) -> Iterator[Finding]:
+    """Discrete latents, which have no gradient of their own."""
+    if not isinstance(loss, ELBO) or uses_mean_field(loss):
+        return
+    kind, model = type(loss).__name__, subject.pair.model
+    mine = [n for n, s in model.items() if is_latent(s) and n not in subject.pair.guide]
+    drawn = [n for n in mine if getattr(model[n]["fn"], "has_enumerate_support", False)]
+    if drawn and type(loss) is Trace_ELBO:
+        message = f"latents {quoted(drawn)}: the guide lacks them, and {kind} draws them from the prior."
+        cure = "Its bound is looser than with these summed out: loss=None does that, and so does TraceEnum_ELBO."
+        yield finding("drawn-from-prior", message, cure, drawn[0])
+    with torch.enable_grad():
+        guide = run(subject.guide, subject.batch.args)
+    latents = {n: s for n, s in guide.items() if is_latent(s)}
+    if isinstance(loss, TraceEnum_ELBO):
+        latents = {n: s for n, s in latents.items() if not s["infer"].get("enumerate")}
+    for name in (n for n, s in latents.items() if needs_score(s)):
+        message = f"guide site {name!r}: {kind} has no reparameterised draws of it to differentiate."
+        cure = "Its gradient is that of the score function, which is noisy: see objectives.gradient_snr."
+        yield finding("score-function", message, cure, name)
+
+
+def _kl(subject: Subject, program: Model, loss: Any) -> Iterator[Finding]:
+    """The KL terms of ``TraceMeanField_ELBO``."""
+    if not uses_mean_field(loss):
+        return
+    drawn = check_mean_field(program, subject.guide, subject.batch.args).monte_carlo
+    if drawn:
+        message = f"latents {quoted(drawn)}: TraceMeanField_ELBO has no closed form of the KL."
+        yield finding("kl-from-draws", message, "It is taken from one draw, as in Trace_ELBO.", drawn[0])
+
+
+#: In the order in which they are asked.
+QUESTIONS = (_gradients,)

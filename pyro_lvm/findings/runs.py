@@ -1,0 +1,102 @@
+"""What a pair must pass to be run at all."""
+
+from collections.abc import Iterator
+
+import torch
+
+from pyro_lvm.findings.record import Finding, Subject, finding, quoted
+from pyro_lvm.tracing.intercept import Site, in_words, is_latent, is_observed, run, support
+from pyro_lvm.tracing.params import module_parameters
+from pyro_lvm.tracing.probe import run_or_explain
+from pyro_lvm.tracing.questions import parameter_names
+from pyro_lvm.tracing.sites import check_determined, has_log_density, is_delta, match_sites, outside_data
+from pyro_lvm.training.engine import check_one_tensor_a_name
+
+__all__ = ["QUESTIONS"]
+
+
+def _devices(subject: Subject) -> Iterator[Finding]:
+    x = subject.batch.args[0]
+    held = {str(p.device) for program in (subject.model, subject.guide) for p in module_parameters(program)}
+    if held - {str(x.device)}:
+        message = f"x: expected the device of the parameters, {quoted(held)}, got {str(x.device)!r}."
+        yield finding("device", message, "Move both to one: module.to(device), and x.to(device) or fit(device=...).")
+
+
+def _runs(subject: Subject) -> Iterator[Finding]:
+    try:
+        subject.pair = run_or_explain(subject.model, subject.guide, subject.batch)
+    except RuntimeError as error:
+        notes = getattr(error, "__notes__", [])
+        if not notes:
+            raise
+        yield finding("dtype", f"{str(error).splitlines()[0]}.", f"Cast one of them: {notes[0]}")
+        return
+    check_one_tensor_a_name(subject.model, subject.guide)
+    subject.names = parameter_names(subject.model, subject.guide, *subject.batch.args)
+    if not any(map(is_observed, subject.pair.model.values())):
+        yield finding("no-data", "model: expected an observed site, got none.", 'Write pyro.sample("x", ..., obs=x).')
+    values = {
+        n: s["value"] for t in (subject.pair.model, subject.pair.guide) for n, s in t.items() if s["type"] == "param"
+    }
+    if bad := [name for name, value in values.items() if not value.isfinite().all()]:
+        message = f"parameters: expected finite values, got NaN or infinity in {quoted(bad)}."
+        yield finding("not-finite", message, "Start from finite values, or load a good checkpoint.", bad[0])
+
+
+def _names(subject: Subject) -> Iterator[Finding]:
+    """Names of all latents at once, so that a table of typing errors is one page."""
+    if subject.needs_no_guide:
+        return
+    match = match_sites(subject.pair.model, subject.pair.guide)
+    for name in match.enumerated:
+        message = f"latent {name!r}: the guide lacks it, and it is discrete: it is summed out exactly."
+        yield finding("summed-out", message, "Nothing to do; sample it in the guide if it is to have a q.", name)
+    for name in match.check_support:
+        message, cure = _leaves_prior(name, subject.pair.model[name], subject.pair.guide[name])
+        if message:
+            yield finding("outside-prior", message, cure, name)
+
+
+def _leaves_prior(name: str, prior: Site, proposal: Site) -> tuple[str, str]:
+    constraint = support(prior["fn"])
+    outside = ~constraint.check(proposal["fn"].sample(torch.Size([64])))
+    if not outside.any():
+        return "", ""
+    share = float(outside.double().mean())
+    message = (
+        f"guide site {name!r}: expected draws in the prior's support, {in_words(constraint)}, got {share:.0%} outside."
+    )
+    return message, "Their weight is 0 and their loss infinite: use a family with the support of the prior."
+
+
+def _sites(subject: Subject) -> Iterator[Finding]:
+    """Guides that make a draw and its density together."""
+    guide, args = subject.guide, subject.batch.args
+    unknown = check_determined(guide, args, subject.pair.guide)
+    values = {n: s["value"] for n, s in subject.pair.guide.items() if is_latent(s)}
+    again = run(guide, args, values=values)
+    for name, value in values.items():
+        try:
+            again[name]["fn"].log_prob(value)
+        except (KeyError, NotImplementedError):  # a flow without an inverse
+            unknown.add(name)
+    unknown -= {name for name in unknown if is_delta(again[name]) and not has_log_density(again[name])}
+    if unknown:
+        message = f"guide sites {quoted(unknown)}: the density of a draw is known only while it is made."
+        yield finding("unscorable-draws", message, "Nothing to do: draw and density are carried together.")
+
+
+def _data(subject: Subject) -> Iterator[Finding]:
+    for name, outside in outside_data(subject.pair.model).items():
+        site = subject.pair.model[name]
+        message = (
+            f"observed site {name!r}: expected values in {in_words(support(site['fn']))}, "
+            f"got {float(outside.double().mean()):.0%} of them outside."
+        )
+        cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
+        yield finding("data-outside-support", message, cure, name)
+
+
+#: In the order in which they are asked.
+QUESTIONS = (_devices, _runs, _names, _sites, _data)

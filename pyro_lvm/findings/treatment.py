@@ -1,0 +1,52 @@
+"""How a pair is going to be treated."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pyro_lvm.findings.record import Finding, Subject, finding, quoted
+from pyro_lvm.tracing.intercept import is_latent, is_observed
+from pyro_lvm.tracing.params import current_params
+
+__all__ = ["QUESTIONS"]
+
+
+def _notes(subject: Subject) -> Iterator[Finding]:
+    sites = [s for t in (subject.pair.model, subject.pair.guide) for s in t.values() if is_latent(s) or is_observed(s)]
+    scaled = {s["name"] for s in sites if not _is_one(s["scale"])}
+    if scaled:
+        message = f"sites {quoted(scaled)}: the loss weighs their log-densities, by a scale or a subsampled plate."
+        yield finding("scaled", message, "Reported numbers are without these weights.", sorted(scaled)[0])
+    x = subject.batch.args[0]
+    held = {t.dtype for n, (t, _) in current_params().items() if n in subject.names[0] | subject.names[1]}
+    held = {dtype for dtype in held if dtype.is_floating_point}
+    if x.is_floating_point() and held - {x.dtype}:
+        dtypes = quoted(str(dtype).removeprefix("torch.") for dtype in held | {x.dtype})
+        message = f"parameters and x: expected one dtype, got {dtypes}."
+        yield finding("mixed-dtypes", message, "Results have the larger one, at its cost: cast x or the modules.")
+
+
+def _is_one(scale: Any) -> bool:
+    return bool((torch.as_tensor(scale) == 1).all())
+
+
+def _names_of_others(subject: Subject) -> Iterator[Finding]:
+    taken = subject.foreign & (subject.names[0] | subject.names[1])
+    if taken:
+        message = f"parameters {quoted(taken)}: the param store holds values of another pair under these names."
+        cure = "fit() trains this pair in a store of its own; Pyro's SVI would train the other's values."
+        yield finding("name-taken", message, cure, sorted(taken)[0])
+
+
+def _train_mode(subject: Subject) -> Iterator[Finding]:
+    noisy = (torch.nn.modules.batchnorm._NormBase, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
+    kinds = {type(module).__name__ for module in subject.in_train_mode if isinstance(module, noisy)}
+    if kinds:
+        message = f"modules {quoted(kinds)}: in train mode, where draws of a datum depend on chance or on its batch."
+        cure = "fit() trains in this mode, and evaluators switch to eval mode; with Pyro alone call module.eval()."
+        yield finding("train-mode", message, cure)
+
+
+#: In the order in which they are asked.
+QUESTIONS = (_notes, _names_of_others, _train_mode)
