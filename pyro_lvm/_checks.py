@@ -1,6 +1,7 @@
 """Checks at the public edge: one wording for every refusal (argument, expected, got, cure), and warnings."""
 
 import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyro_lvm.errors import DataTypeError, ShapeError
 __all__ = [
     "check_chunks",
     "check_device",
+    "check_path",
     "check_positive_int",
     "check_program",
     "check_seed",
@@ -29,6 +31,13 @@ _INTERNAL = (str(Path(__file__).parent), str(contextlib.__file__))
 def refuse(argument: str, expected: str, got: Any, cure: str) -> str:
     """The one sentence pattern of all error messages."""
     return f"{argument}: expected {expected}, got {got}. {cure}"
+
+
+def check_path(argument: str, path: Any) -> Path:
+    """Return ``path`` if it is one."""
+    if not isinstance(path, str | os.PathLike):
+        raise DataTypeError(refuse(argument, "the path of a file", repr(path), 'Pass e.g. "run.pt".'))
+    return Path(path)
 
 
 def check_positive_int(argument: str, value: Any, minimum: int = 1) -> int:

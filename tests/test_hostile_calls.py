@@ -60,13 +60,23 @@ def compare(model: Any, guide: Any, x: Any, **options: Any) -> Any:
     return lvm.compare({"one": (model, guide), "two": (model, guide)}, x, **options)
 
 
+def load(model: Any, guide: Any, x: Any, path: Any = None) -> Any:
+    """`lvm.load` with its path last."""
+    return lvm.load("nothing here.pt" if path is None else path, model, guide, x)
+
+
+def save(model: Any, guide: Any, x: Any, path: Any = None) -> None:
+    """A result that is none, or a path that is none."""
+    lvm.save((model, guide, x), path)  # type: ignore[arg-type]
+
+
 def options_of(function: Callable[..., Any]) -> Any:
     return inspect.signature(lvm.compare if function is compare else function).parameters
 
 
 STEPS = {"num_steps": [2, 0, -1, 1.5, "a"], "num_draws": INTEGERS, "learning_rate": [None, 0.1, 0, -1, "a", torch.nan]}
 TRAINING = {name: INTEGERS for name in ("num_epochs", "num_steps", "batch_size")} | {"seed": SEEDS}
-TRAINING |= {name: ANYTHING for name in ("optim", "update", "compile", "callbacks", "device", "progress")}
+TRAINING |= {name: ANYTHING for name in ("optim", "update", "compile", "callbacks", "device", "progress", "resume")}
 TRAINING |= {"loss": [*ANYTHING, Trace_ELBO(), Trace_ELBO]}
 FUNCTIONS: dict[Callable[..., Any], dict[str, list[Any]]] = {
     lvm.log_marginal: SAMPLING,
@@ -81,6 +91,9 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, list[Any]]] = {
     lvm.guides.refine: SAMPLING | STEPS,
     lvm.fit: TRAINING,
     compare: SAMPLING | {"reference": ANYTHING},
+    lvm.check: {"loss": [*ANYTHING, Trace_ELBO(), Trace_ELBO]},
+    load: {"path": ANYTHING},
+    save: {"path": ANYTHING},
 }
 SMALL: dict[str, Any] = {"num_steps": 2, "num_particles": 3}  # unless drawn
 

@@ -66,13 +66,16 @@ def generator_states(devices: Sequence[torch.device] = ()) -> dict[str, Any]:
     _, keys, *rest = legacy
     cuda = {str(device): torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
     numpy = (torch.from_numpy(keys.astype(np.int64)), *rest)
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy, "cuda": cuda}
+    version, words, gauss = random.getstate()
+    python = (version, torch.tensor(words), gauss)
+    return {"torch": torch.get_rng_state(), "python": python, "numpy": numpy, "cuda": cuda}
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
     """Put the generators back to what `generator_states` returned."""
     torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
     keys, *rest = states["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     for device, state in states["cuda"].items():

@@ -14,7 +14,7 @@ import torch
 
 from pyro_lvm._checks import check_program
 from pyro_lvm._typing import DataPlate, Guide, Model, Vectorize
-from pyro_lvm.errors import ParameterError, PlateError, SiteError
+from pyro_lvm.errors import ParameterError, PlateError, SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, Rows
 from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run
 from pyro_lvm.tracing.isolation import validation
@@ -198,6 +198,7 @@ def run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
             ) from error
         if "Expected parameter" in str(error):
             _check_finite(None)
+            _check_data_finite(batch)
         raise
     except RuntimeError as error:
         note_dtypes(error, batch.args, model, guide)
@@ -232,6 +233,17 @@ def _check_finite(pair: Run | None) -> None:
         raise ParameterError(
             f"parameters {bad}: expected finite values, got NaN or infinity. Train again from finite values "
             "(a lower learning rate or clipped gradients), or load a good checkpoint.",
+            finding="not-finite",
+        )
+
+
+def _check_data_finite(batch: Batch) -> None:
+    x = batch.args[0]
+    bad = int((~x.isfinite()).flatten(1).any(1).sum()) if x.dim() > 1 else int((~x.isfinite()).sum())
+    if bad:
+        raise SupportError(
+            f"x: expected finite numbers, got NaN or an infinity in {bad} of {len(x)} data, of which a distribution of "
+            "the pair has made its parameters. Leave these data out.",
             finding="not-finite",
         )
 

@@ -16,9 +16,9 @@ import torch
 from pyro.optim import PyroOptim
 from torch.distributions import constraints
 
-from pyro_lvm._checks import check_positive_int, refuse
+from pyro_lvm._checks import check_path, check_positive_int, refuse
 from pyro_lvm._files import read_tensors, write_tensors
-from pyro_lvm.errors import CheckpointError, DataTypeError
+from pyro_lvm.errors import CheckpointError
 from pyro_lvm.objectives.annealing import KLAnnealing
 from pyro_lvm.objectives.importance_weighted import ImportanceWeightedELBO, register_baseline
 from pyro_lvm.tracing.isolation import generator_states, set_generators
@@ -67,9 +67,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str], every: int = 1000) -> None:
-        if not isinstance(path, str | PathLike):
-            raise DataTypeError(refuse("path", "the path of a file", repr(path), 'Pass e.g. "run.pt".'))
-        self.path, self.every = Path(path), check_positive_int("every", every)
+        self.path, self.every = check_path("path", path), check_positive_int("every", every)
         self.start()
 
     def start(self) -> None:
@@ -137,10 +135,9 @@ def read_run(path: str | PathLike[str]) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the file is damaged, of another kind, or of a newer format.
     """
-    if not isinstance(path, str | PathLike):
-        raise DataTypeError(refuse("resume", "the path of a file", repr(path), "Pass that of a callbacks.Checkpoint."))
+    path = check_path("resume", path)
     Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed while it wrote
-    if not Path(path).exists():
+    if not path.exists():
         logger.info("there is no %s to go on from: the run begins", path)
         return None
     return read_tensors(path, _KIND)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pyro_lvm._checks import check_program, data_tensor, refuse
+from pyro_lvm._checks import check_path, check_program, data_tensor, refuse
 from pyro_lvm._files import read_tensors, write_tensors
 from pyro_lvm._typing import Guide, Model, TensorLike
 from pyro_lvm.errors import CheckpointError, DataTypeError
@@ -61,7 +61,7 @@ def save(result: FitResult, path: str | PathLike[str]) -> None:
         "modules": held_by(result.modules, params),
         "history": Columns().of(result.history),
     }
-    write_tensors(path, _KIND, content)
+    write_tensors(check_path("path", path), _KIND, content)
 
 
 def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: TensorLike, *args: Any) -> FitResult:
@@ -93,7 +93,7 @@ def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: Tensor
     guide = empty_guide if guide is None else guide
     check_program("model", model)
     check_program("guide", guide)
-    content = read_tensors(path, _KIND)
+    content = read_tensors(check_path("path", path), _KIND)
     batch = (data_tensor("x", x), *args)
     modules: list[torch.nn.Module] = []
 
