@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted
-from pyro_lvm.tracing.intercept import Site, in_words, is_latent, is_observed, run, support
+from pyro_lvm.tracing.intercept import Site, element_constraint, in_words, is_latent, is_observed, run, support
 from pyro_lvm.tracing.params import module_parameters
 from pyro_lvm.tracing.probe import run_or_explain
 from pyro_lvm.tracing.questions import parameter_names
@@ -89,10 +89,15 @@ def _sites(subject: Subject) -> Iterator[Finding]:
 
 def _data(subject: Subject) -> Iterator[Finding]:
     for name, outside in outside_data(subject.pair.model).items():
-        site = subject.pair.model[name]
+        constraint, value = (
+            element_constraint(support(subject.pair.model[name]["fn"])),
+            subject.pair.model[name]["value"],
+        )
+        example = value[~constraint.check(value) & ~value.isnan()][0].item()
+        share = float(outside.double().mean())
         message = (
-            f"observed site {name!r}: expected values in {in_words(support(site['fn']))}, "
-            f"got {float(outside.double().mean()):.0%} of them outside."
+            f"observed site {name!r}: expected values in {in_words(constraint)}, got {example:g}, and others outside in "
+            f"{share:.0%} of the data."
         )
         cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         yield finding("data-outside-support", message, cure, name)

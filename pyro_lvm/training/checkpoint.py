@@ -18,6 +18,7 @@ from torch.distributions import constraints
 
 from pyro_lvm._checks import check_path, check_positive_int, refuse
 from pyro_lvm._files import read_tensors, write_tensors
+from pyro_lvm._version import versions
 from pyro_lvm.errors import CheckpointError
 from pyro_lvm.objectives.annealing import KLAnnealing
 from pyro_lvm.objectives.importance_weighted import ImportanceWeightedELBO, register_baseline
@@ -107,6 +108,7 @@ def _snapshot(run: "Engine") -> dict[str, Any]:
         state = optimizer.get_state() if isinstance(optimizer, PyroOptim) else optimizer.state_dict()
     return {
         "fingerprint": run.fingerprint,
+        "versions": versions(),
         "declared": run.declared,
         "names": [sorted(half) for half in run.names],
         "params": {name: here[name][0] for name in mine},
