@@ -89,15 +89,13 @@ def _sites(subject: Subject) -> Iterator[Finding]:
 
 def _data(subject: Subject) -> Iterator[Finding]:
     for name, outside in outside_data(subject.pair.model).items():
-        constraint, value = (
-            element_constraint(support(subject.pair.model[name]["fn"])),
-            subject.pair.model[name]["value"],
-        )
+        site = subject.pair.model[name]
+        constraint, value = element_constraint(support(site["fn"])), site["value"]
         example = value[~constraint.check(value) & ~value.isnan()][0].item()
         share = float(outside.double().mean())
         message = (
-            f"observed site {name!r}: expected values in {in_words(constraint)}, got {example:g}, and others outside in "
-            f"{share:.0%} of the data."
+            f"observed site {name!r}: expected values in {in_words(constraint)}, got {example:g}, "
+            f"and such in {share:.0%} of the data."
         )
         cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
         yield finding("data-outside-support", message, cure, name)
