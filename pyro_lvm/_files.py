@@ -158,7 +158,7 @@ def _plain(value: Any, where: str) -> Any:
         return (list if isinstance(value, list) else tuple)(_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or isinstance(value, bool | int | float | str):
+    if type(value) in (type(None), bool, int, float, str):  # a subclass, such as an Enum, would need its class
         return value
     cure = "Keep what has no such form out of `state_dict` and of the history."
     raise CheckpointError(refuse(f"content{where}", "a tensor, a number or a string", repr(value), cure))

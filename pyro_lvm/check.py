@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 
 from pyro_lvm._checks import check_program, data_tensor
 from pyro_lvm._typing import Guide, Model, TensorLike
 from pyro_lvm.findings import Finding, Subject, examine
 from pyro_lvm.objectives.default import check_loss
-from pyro_lvm.objectives.gradients import gradients_put_aside
 from pyro_lvm.tracing.batch import Batch, make_batch
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, uncalled_copy, validation
 from pyro_lvm.tracing.params import held_by_others, own_store
@@ -114,19 +114,27 @@ def check(model: Model, guide: Guide | None, x: TensorLike, *args: Any, loss: An
     check_program("guide", guide)
     check_loss(loss)
     batch = make_batch(data_tensor("x", x), args)
-    guide, loss = uncalled_copy(guide), copy.deepcopy(loss)
+    guide, loss = uncalled_copy(guide), _copied(loss)
     foreign = held_by_others(model, guide)
-    with _no_trace(model, guide, loss, batch) as in_train_mode:
+    with _no_trace(model, guide, batch) as in_train_mode:
         subject = Subject(model, guide, batch, loss, in_train_mode, foreign)
         found = sorted(examine(subject), key=lambda finding: list(_WORDS).index(finding.level))
     return CheckReport(tuple(found), len(batch))
 
 
+def _copied(loss: Any) -> Any:
+    """A loss whose counters and guesses are its own; modules and whatever else it holds are those of the original."""
+    copied = copy.copy(loss)
+    for name, value in vars(copied).items() if isinstance(copied, ELBO) else ():
+        if isinstance(value, ELBO):
+            setattr(copied, name, copy.copy(value))
+    return copied
+
+
 @contextmanager
-def _no_trace(model: Model, guide: Guide, loss: Any, batch: Batch) -> Iterator[list[torch.nn.Module]]:
+def _no_trace(model: Model, guide: Guide, batch: Batch) -> Iterator[list[torch.nn.Module]]:
     with (
         own_store(model, guide),
-        gradients_put_aside(model, guide, loss),
         evaluation_rng(0, [batch.args[0].device]),
         nullcontext() if not batch.has_nan() else validation(False),  # else torch refuses what an encoder makes of it
         eval_mode(model, guide) as in_train_mode,

@@ -1,6 +1,7 @@
 """For every finding the smallest pair that has it, and no error on pairs that work."""
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from pyro.distributions.transforms import Planar
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import nn
 
@@ -247,6 +249,35 @@ def refused() -> Case:
 
 
 @case
+def fails() -> Case:
+    def value(model: Program, guide: Program, x: torch.Tensor) -> float:
+        return Trace_ELBO().loss(model, guide, x)
+
+    return model, guide, X, {"loss": value}
+
+
+@case
+def unregistered() -> Case:
+    encoder = nn.Linear(1, 1)
+
+    def encoding(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x[:, None])[:, 0], 1.0))
+
+    return model, encoding, X, {}
+
+
+@case
+def scales() -> Case:
+    def part(x: torch.Tensor) -> None:
+        with pyro.plate("data", 100, subsample=torch.arange(len(x))):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return part, guide, X, {}
+
+
+@case
 def no_gradient() -> Case:
     def detached(x: torch.Tensor) -> None:
         weight, idle = pyro.param("weight", torch.tensor(0.5)), pyro.param("idle", torch.tensor(0.5))
@@ -392,6 +423,12 @@ def unscorable_draws() -> Case:
     return two, flowing, X, {}
 
 
+@case
+def unanswered() -> Case:
+    prior = dist.ImproperUniform(dist.constraints.real, (), ())  # which cannot be drawn
+    return model_of(prior, lambda z: dist.Normal(z, 1.0)), guide, X, {}
+
+
 def test_every_finding_has_a_pair() -> None:
     assert set(CASES) == set(LEVELS)
 
@@ -429,13 +466,13 @@ def test_the_report_prints_as_a_page() -> None:
     report = lvm.check(poutine.scale(program, scale=2.0), other, x)
     assert str(report) == repr(report)
     assert str(report).splitlines()[:4] == [
-        "check on 6 data: 1 warning, 1 note",
+        "check on 6 data: 2 warnings, 1 note",
         "",
         "WARNING: look at it before you train",
         "  [no-gradient] parameters: expected a gradient for each, got 0 in 3 repeats for 'idle'.",
     ]
     assert report._repr_html_().startswith("<pre>check on 6 data")
-    assert [finding.site for finding in report.findings] == ["idle", "x"]
+    assert [finding.site for finding in report.findings] == ["idle", "z", "x"]
 
 
 def test_what_the_users_own_code_raises_passes_unchanged() -> None:
@@ -451,6 +488,55 @@ def test_what_the_users_own_code_raises_passes_unchanged() -> None:
         lvm.check(model, guide, X, loss=Trace_ELBO)
     with pytest.raises(lvm.ShapeError, match="x: expected shape"):
         lvm.check(model, guide, X[:0])
+
+
+class Locked(Trace_ELBO):
+    """A loss that cannot be copied deeply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("loss", [Locked(), TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True)])
+def test_losses_of_any_kind(loss: Any) -> None:
+    kept = dict(vars(loss))
+    assert lvm.check(model, guide, X, loss=loss).ok
+    assert vars(loss) == kept
+
+
+def test_modules_of_plain_functions_have_the_gradients_that_they_had() -> None:
+    encoder = nn.Linear(1, 1)
+
+    def encoding(x: torch.Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x[:, None])[:, 0], 1.0))
+
+    assert lvm.check(model, encoding, X).codes == ()
+    assert encoder.weight.grad is None
+    encoder.weight.grad = torch.ones(1, 1)
+    lvm.check(model, encoding, X)
+    assert encoder.weight.grad.tolist() == [[1.0]]
+
+
+def test_a_frozen_network_need_not_be_registered() -> None:
+    features = nn.Linear(1, 1).requires_grad_(False)
+    assert lvm.check(model, guide_of(lambda x, w: dist.Normal(w * features(x[:, None])[:, 0], 1.0)), X).codes == ()
+
+
+class Easy(EasyGuide):
+    def guide(self, x: torch.Tensor) -> None:
+        weight = pyro.param("weight", torch.tensor(0.5))
+        with self.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(weight * x, 1.0))
+
+
+@pytest.mark.parametrize("make", [Easy, AutoNormal, AutoDelta])
+def test_guides_that_look_at_their_model_first(make: Any) -> None:
+    other = make(model)
+    assert lvm.check(model, other, X[:3]).ok
+    assert lvm.fit(model, other, X, num_steps=2).num_steps == 2
 
 
 def test_one_datum_and_nan_can_be_checked() -> None:

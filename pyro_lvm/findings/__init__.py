@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from pyro_lvm.errors import PyroLVMError
 from pyro_lvm.findings import evaluation, loss, runs, treatment
-from pyro_lvm.findings.record import LEVELS, Finding, Subject, told
+from pyro_lvm.findings.record import LEVELS, Finding, Subject, finding, told
 
 __all__ = ["LEVELS", "Finding", "Subject", "examine"]
 
@@ -24,7 +24,17 @@ def examine(subject: Subject) -> list[Finding]:
 
 
 def _asked(question: Question, subject: Subject) -> list[Finding]:
+    """The answer; a pair that runs may still fail under a question, which then is a finding."""
     try:
         return list(question(subject))
     except PyroLVMError as error:
         return [told(error)]
+    except Exception as error:
+        if question in runs.PLAIN:  # what the pair's own code raises
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}."
+        if question in loss.QUESTIONS:
+            return [
+                finding("fails", f"loss: expected a value and gradients, got {what}", "Try it on one batch by itself.")
+            ]
+        return [finding("unanswered", f"one question could not be asked: {what}", "The other findings stand.")]

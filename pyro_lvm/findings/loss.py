@@ -1,18 +1,17 @@
 """The loss of a pair and its gradients."""
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
 
 from pyro_lvm._typing import Model
 from pyro_lvm.findings.evaluation import OTHER_MODES
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted, told
 from pyro_lvm.objectives.default import model_and_loss
-from pyro_lvm.objectives.gradients import gradient_moments
+from pyro_lvm.objectives.gradients import gradient_moments, gradients_put_aside
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
 from pyro_lvm.objectives.setting import needs_score
 from pyro_lvm.tracing.intercept import is_latent, run
@@ -30,7 +29,6 @@ _REPEATS = 3  # gradients: a parameter may have none by chance in one
 def _gradients(subject: Subject) -> Iterator[Finding]:
     pair, given = subject.pair, subject.loss
     program, loss = model_and_loss(subject.model, subject.model, pair.model, pair.guide, given)
-    loss = copy.copy(loss)
     found = [*_options(subject, loss), *_score(subject, loss), *_kl(subject, program, loss)]
     yield from found
     if any(each.level == "error" for each in found):
@@ -41,7 +39,8 @@ def _gradients(subject: Subject) -> Iterator[Finding]:
         yield finding("nothing-to-train", "pair: expected a parameter with a gradient, got none.", "See pyro.param.")
         return
     try:
-        with validation(not subject.batch.has_nan()), torch.enable_grad():
+        aside = gradients_put_aside(subject.model, subject.guide, loss)
+        with aside, validation(not subject.batch.has_nan()), torch.enable_grad():
             values, moments = gradient_moments(loss, program, subject.guide, subject.batch, leaves, _REPEATS)
     except ValueError as error:
         named = explained(error, subject.model, subject.guide, subject.batch.args, len(subject.batch))
@@ -50,10 +49,10 @@ def _gradients(subject: Subject) -> Iterator[Finding]:
         yield told(named)
         return
     infinite = [name for name in leaves if not moments[name].mean.isfinite().all()]
-    if infinite or not values.mean.isfinite().all():
-        message = (
-            f"loss: expected finite numbers, got {float(values.mean):g}, and no finite gradient of {quoted(infinite)}."
-        )
+    of_no_value = isinstance(loss, TraceTailAdaptive_ELBO)  # which returns NaN on purpose
+    if infinite or not (of_no_value or values.mean.isfinite().all()):
+        where = f", and in the gradients of {quoted(infinite)}" if infinite else ""
+        message = f"loss: expected finite numbers, got {float(values.mean):g}{where}."
         yield finding("not-finite", message, "Look for NaN in x, divisions by 0, and scales that underflow.")
         return
     still = [n for n in leaves if not (moments[n].mean.any() or moments[n].variance.any())]

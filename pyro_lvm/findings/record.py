@@ -37,7 +37,10 @@ LEVELS: dict[str, Level] = {
     "vectorised-particles": "error",
     "dtype": "error",
     "device": "error",
+    "fails": "error",
     "refused": "error",
+    "unregistered": "warning",
+    "scales": "warning",
     "no-gradient": "warning",
     "guide-ignores-x": "warning",
     "narrow-guide": "warning",
@@ -56,6 +59,7 @@ LEVELS: dict[str, Level] = {
     "whole-data": "note",
     "particles": "note",
     "unscorable-draws": "note",
+    "unanswered": "note",
 }
 
 
@@ -91,6 +95,7 @@ class Subject:
         foreign: names in the param store that belong to other pairs.
         pair: one run on all of x.
         names: of the parameters of model and guide.
+        modules: those that the pair calls or registers.
         plan: how it is evaluated, or None if it cannot be, datum by datum.
     """
 
@@ -102,6 +107,7 @@ class Subject:
     foreign: set[str]
     pair: Run = field(init=False)
     names: tuple[set[str], set[str]] = field(init=False)
+    modules: list[torch.nn.Module] = field(default_factory=list)
     plan: Plan | None = None
 
     @property

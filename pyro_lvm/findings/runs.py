@@ -6,13 +6,14 @@ import torch
 
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted
 from pyro_lvm.tracing.intercept import Site, element_constraint, in_words, is_latent, is_observed, run, support
+from pyro_lvm.tracing.isolation import called_modules
 from pyro_lvm.tracing.params import module_parameters
 from pyro_lvm.tracing.probe import run_or_explain
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.tracing.sites import check_determined, has_log_density, is_delta, match_sites, outside_data
 from pyro_lvm.training.engine import check_one_tensor_a_name
 
-__all__ = ["QUESTIONS"]
+__all__ = ["PLAIN", "QUESTIONS"]
 
 
 def _devices(subject: Subject) -> Iterator[Finding]:
@@ -33,7 +34,9 @@ def _runs(subject: Subject) -> Iterator[Finding]:
         yield finding("dtype", f"{str(error).splitlines()[0]}.", f"Cast one of them: {notes[0]}")
         return
     check_one_tensor_a_name(subject.model, subject.guide)
-    subject.names = parameter_names(subject.model, subject.guide, *subject.batch.args)
+    with called_modules(subject.model, subject.guide) as modules:
+        subject.names = parameter_names(subject.model, subject.guide, *subject.batch.args)
+    subject.modules = modules
     if not any(map(is_observed, subject.pair.model.values())):
         yield finding("no-data", "model: expected an observed site, got none.", 'Write pyro.sample("x", ..., obs=x).')
     values = {
@@ -103,3 +106,6 @@ def _data(subject: Subject) -> Iterator[Finding]:
 
 #: In the order in which they are asked.
 QUESTIONS = (_devices, _runs, _names, _sites, _data)
+
+#: Those that do no more than run the pair.
+PLAIN = (_devices, _runs)

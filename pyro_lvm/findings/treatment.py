@@ -27,6 +27,32 @@ def _notes(subject: Subject) -> Iterator[Finding]:
         yield finding("mixed-dtypes", message, "Results have the larger one, at its cost: cast x or the modules.")
 
 
+def _unregistered(subject: Subject) -> Iterator[Finding]:
+    """Networks that the pair calls, and that Pyro does not know of."""
+    stored = {id(tensor) for tensor, _ in current_params().values()}
+    for module in subject.modules:
+        missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in stored]
+        if missing:
+            kind = type(module).__name__
+            message = f"module {kind!r}: expected its parameters in the param store, got none of {quoted(missing)}."
+            cure = 'Register it, pyro.module("name", module), or it stays as it is; requires_grad_(False) says so.'
+            yield finding("unregistered", message, cure, kind)
+
+
+def _scales(subject: Subject) -> Iterator[Finding]:
+    """A latent whose log p and log q have different weights in the loss."""
+    model, guide = subject.pair.model, subject.pair.guide
+    for name in (n for n, s in guide.items() if is_latent(s) and n in model):
+        ours, theirs = (torch.as_tensor(trace[name]["scale"], dtype=torch.float64) for trace in (guide, model))
+        if not torch.allclose(ours.mean(), theirs.mean()):
+            message = (
+                f"latent {name!r}: expected one scale in model and guide, "
+                f"got {float(theirs.mean()):g} in the model and {float(ours.mean()):g} in the guide."
+            )
+            cure = "The loss is no bound: give both programs the same plate, subsample and scale."
+            yield finding("scales", message, cure, name)
+
+
 def _is_one(scale: Any) -> bool:
     return bool((torch.as_tensor(scale) == 1).all())
 
@@ -49,4 +75,4 @@ def _train_mode(subject: Subject) -> Iterator[Finding]:
 
 
 #: In the order in which they are asked.
-QUESTIONS = (_notes, _names_of_others, _train_mode)
+QUESTIONS = (_unregistered, _scales, _notes, _names_of_others, _train_mode)

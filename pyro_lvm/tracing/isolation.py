@@ -84,7 +84,7 @@ def set_generators(states: Mapping[str, Any]) -> None:
 
 @contextmanager
 def called_modules(*programs: Callable[..., Any] | None) -> Iterator[list[torch.nn.Module]]:
-    """The modules behind ``programs``, and those that are called inside, in order and without parts of one another."""
+    """The modules of a pair: behind ``programs``, and called or registered inside; in order, none part of another."""
     owners = [owner for owner in map(anchor, programs) if isinstance(owner, torch.nn.Module)]
     found = {id(owner): owner for owner in owners}
     modules: list[torch.nn.Module] = []
@@ -92,10 +92,16 @@ def called_modules(*programs: Callable[..., Any] | None) -> Iterator[list[torch.
     def meet(module: torch.nn.Module, *_: Any) -> None:
         found.setdefault(id(module), module)
 
-    hook = register_module_forward_pre_hook(meet)
+    def registering(name: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        meet(module)
+        return register(name, module, *args, **kwargs)
+
+    hook, register = register_module_forward_pre_hook(meet), pyro.module
+    pyro.module = registering  # type: ignore[assignment]  # of which Pyro sends no message
     try:
         yield modules
     finally:
+        pyro.module = register
         hook.remove()
         parts = {id(part) for module in found.values() for part in list(module.modules())[1:]}
         modules += [module for key, module in found.items() if key not in parts]
@@ -105,12 +111,15 @@ def uncalled_copy(guide: Any) -> Any:
     """An AutoGuide takes the size of its first data for good: of one that has not been called a copy."""
     if getattr(guide, "prototype_trace", ...) is not None:
         return guide
-    held = [(part, part._model, part.master) for part in guide.modules() if "_model" in vars(part)]
+    held = [
+        (part, vars(part)["_model"], vars(part).get("master")) for part in guide.modules() if "_model" in vars(part)
+    ]
     copied = copy.deepcopy(guide)  # which takes both from the original as well
     twins = dict(zip(guide.modules(), copied.modules(), strict=True))
     for part, model, master in held:
-        part._model, part.master = model, master
-        twins[part]._model, twins[part].master = model, None if master is None else weakref.ref(twins[master()])
+        part._model = twins[part]._model = model
+        if master is not None:
+            part.master, twins[part].master = master, weakref.ref(twins[master()])
     return copied
 
 

@@ -98,7 +98,8 @@ def _expanded(site: Site, log_prob: torch.Tensor, batch_dims: int, enumerating: 
         raise SiteError(
             f"site {site['name']!r}: expected one log-density per element of its plates "
             f"{[(f.name, f.size) for f in vectorised_frames(site) if f.name != PARTICLES]}, got batch shape "
-            f"{tuple(log_prob.shape)}. Declare the other dimensions as the event: `dist.Normal(...).to_event(1)`."
+            f"{tuple(log_prob.shape)}. Declare the other dimensions as the event: `dist.Normal(...).to_event(1)`.",
+            finding="event-dims",
         )
     for dim, size in sizes.items():
         shape[dim] = size if size >= 0 else shape[dim]

@@ -91,6 +91,10 @@ def _from_tensors(whole: Batch, batch_size: int, device: torch.device | None) ->
     return Batches(epoch, num_data, -(-num_data // batch_size), foreseen=True, digest=ends)
 
 
+def _order_makers(loader: DataLoader[Any]) -> tuple[Any, ...]:
+    return loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
+
+
 def _from_loader(loader: DataLoader[Any], device: torch.device | None) -> Batches:
     def epoch() -> Iterator[tuple[Any, ...]]:
         for batch in loader:
@@ -102,6 +106,6 @@ def _from_loader(loader: DataLoader[Any], device: torch.device | None) -> Batche
 
     sized = not isinstance(loader.dataset, IterableDataset)
     num_data, num_batches = (len(loader.sampler), len(loader)) if sized else (None, None)  # type: ignore[arg-type]
-    found = (getattr(owner, "generator", None) for owner in (loader, loader.sampler, loader.batch_sampler))
+    found = (getattr(owner, "generator", None) for owner in _order_makers(loader))
     own = tuple({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
     return Batches(epoch, num_data, num_batches, generators=own)

@@ -17,7 +17,6 @@ from pyro.infer import ELBO
 
 from pyro_lvm.objectives.annealing import KLAnnealing
 from pyro_lvm.tracing.capture import Graph, NotCapturable, agree, capture, likeness, pays
-from pyro_lvm.tracing.params import anchor
 from pyro_lvm.training.fused_adam import FusedAdam, Slice
 from pyro_lvm.training.objective import Args, Objective
 from pyro_lvm.training.plain import Outcome, PlainStep
@@ -58,11 +57,12 @@ class CapturedStep:
         plain: PlainStep,
         objective: Objective,
         programs: Sequence[Any],
+        modules: Sequence[torch.nn.Module],
         num_steps: float,
     ) -> None:
         self.plain, self.guard, self.objective = plain, plain.guard, objective
         self.programs, self.num_steps = programs, num_steps
-        self.modules = [m for p in map(anchor, programs) if isinstance(p, torch.nn.Module) for m in p.modules()]
+        self.modules = [part for module in modules for part in module.modules()]
         self.replays: dict[Any, _Replay] = {}
         self.adam: FusedAdam | None = None
         self.calls = self.replayed = 0
@@ -104,7 +104,7 @@ class CapturedStep:
         """Write the step down for batches like this one."""
         candidates = list(self.guard.params.items())
         function, used = _loss_and_gradients(self.objective, batch, [param for _, param in candidates])
-        replay.graph = capture(function, self._inputs(batch), self.programs)
+        replay.graph = self._captured(function, batch)
         replay.leaves = dict(candidates[i] for i in used)
         leaves = list(replay.leaves.values())
         if FusedAdam.drives(self.guard.optimizer, leaves):
@@ -112,6 +112,21 @@ class CapturedStep:
             replay.slices = self.adam.slices(leaves)
         if batch[0].is_cuda:
             replay.graph.record(*self._inputs(batch))
+
+    def _captured(self, function: Callable[..., tuple[torch.Tensor, ...]], batch: Args) -> Graph:
+        """The graph; a buffer that is assigned anew, and not changed in place, would not be in it."""
+        held = [(part._buffers, name, buffer) for part in self.modules for name, buffer in part._buffers.items()]
+        try:
+            graph = capture(function, self._inputs(batch), self.programs)
+            anew = [name for buffers, name, buffer in held if buffers[name] is not buffer]
+        finally:
+            for buffers, name, buffer in held:
+                buffers[name] = buffer
+        if anew:
+            raise NotCapturable(
+                f"modules assign their buffers {sorted(set(anew))} anew, and do not change them in place"
+            )
+        return graph
 
     def _inputs(self, batch: Args) -> list[torch.Tensor]:
         """The tensors of a step: the weight of the KL terms, where that is annealed, and those of the batch."""

@@ -42,7 +42,7 @@ _FINAL = ("early_stopping", "nonfinite")  # reasons to stop that hold for the ru
 class Checkpoint:
     """Write the run to a file from time to time, for ``fit(..., resume=path)`` to go on from after a crash.
 
-    The first file is written after the first step, so that a path of no use is found out at once, and one more when
+    The first file is written after the first update, so that a path of no use is found out at once, and one more when
     training ends. A file that is there is replaced when the next one is whole and on disk; what is read is plain
     tensors and values (``torch.load`` with ``weights_only=True``), and runs no code. Other callbacks are asked for
     ``state_dict()``, and given it back by ``load_state_dict(state)``, where they have these methods; so is ``loss``.
@@ -50,7 +50,8 @@ class Checkpoint:
     Args:
         path: the file.
         every: steps from one file to the next. Of a ``Dataset`` or ``DataLoader``, whose order nobody can foresee, runs
-            go on from the end of an epoch only: there the file is written at the first one that is due.
+            go on from the end of an epoch only: files are written there, where one is due. A stream without an end
+            has none.
 
     Raises:
         CheckpointError: in training, a state that cannot be written without a pickle of objects.
@@ -69,10 +70,18 @@ class Checkpoint:
 
     def __init__(self, path: str | PathLike[str], every: int = 1000) -> None:
         self.path, self.every = check_path("path", path), check_positive_int("every", every)
-        self.start()
+        self._forget()
 
     def start(self) -> None:
-        """Forget an earlier run."""
+        """A run begins: forget an earlier one, and make the folder.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._forget()
+
+    def _forget(self) -> None:
         self._written: tuple[int, int] | None = None  # step and epoch
         self._columns = Columns()
 
@@ -80,13 +89,17 @@ class Checkpoint:
         """Whether the run is to be written now."""
         return self._written is None or run.state.step - self._written[0] >= self.every
 
+    def end(self) -> None:
+        """A run has ended."""
+        if self._written is None:
+            logger.warning("%s was not written: no epoch, or no step, came to an end from which to go on", self.path)
+
     def write(self, run: "Engine") -> None:
         """Write the run as it is, unless that was done."""
         now = run.state.step, run.position[0]
         if now == self._written:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(self.path, _KIND, _snapshot(run) | {"history": self._columns.of(run.state.history)})
         except OSError as error:
             if self._written is None:
@@ -159,8 +172,8 @@ def restore(run: "Engine", content: Mapping[str, Any]) -> None:
     for name, value in content["params"].items():
         if name not in declared:  # a loss has made it, or a batch after the first
             pyro.get_param_store()[name] = value.to(run.batch[0].device)
+    _restore_optimizer(run, *content["optimizer"])  # first, for it may refuse
     fill({name: content["params"][name] for name in declared}, content["modules"], run.state.modules)
-    _restore_optimizer(run, *content["optimizer"])
     for owner, (_, state) in zip(_stateful(run.callbacks), content["callbacks"], strict=True):
         owner.load_state_dict(state)
     if content["loss"] is not None:

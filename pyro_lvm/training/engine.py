@@ -21,7 +21,7 @@ from pyro_lvm.errors import DataTypeError, ParameterError
 from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
 from pyro_lvm.ops.memory import keep_freed_memory
 from pyro_lvm.tracing.isolation import called_modules, eval_mode, generator_states, set_generators, validation
-from pyro_lvm.tracing.params import anchor, current_params
+from pyro_lvm.tracing.params import add_to_store, anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.captured import CapturedStep
@@ -132,9 +132,9 @@ class Engine:
 
     def _forget_initial_values(self) -> None:
         """Leave creating parameters to the first step, so that they use the random numbers that `SVI` would use."""
-        for name, (tensor, _) in current_params().items():
-            if self.created.get(name) is tensor:
-                del pyro.get_param_store()[name]
+        kept = {name: param for name, param in current_params().items() if self.created.get(name) is not param[0]}
+        pyro.get_param_store().clear()  # to delete one by one fails where a tensor has two names
+        add_to_store(kept)
 
     def _clear_gradients(self) -> None:
         names = self.names[0] | self.names[1]
@@ -170,7 +170,7 @@ class Engine:
         state.params = guard.params
         plain = PlainStep(objective, guard)
         if compile:
-            self.captured = CapturedStep(plain, objective, (self.model, self.guide), total or math.inf)
+            self.captured = CapturedStep(plain, objective, (self.model, self.guide), state.modules, total or math.inf)
         step = self.captured or plain
         self._begin(kept)
         keep_freed_memory()
@@ -199,6 +199,8 @@ class Engine:
                     self._write()
                     bar.update()
             self._write(last=True)
+            for checkpoint in self.checkpoints:
+                checkpoint.end()
         except KeyboardInterrupt:
             state.stop_reason = "interrupted"
         finally:
@@ -213,7 +215,7 @@ class Engine:
     def _begin(self, kept: Mapping[str, Any] | None) -> None:
         """The state before the first step of this process."""
         self.foreign = {n: t for n, (t, _) in current_params().items() if n not in self.created}
-        self.statistics = BatchStatistics(b for module in self.state.modules for b in module.buffers())
+        self.statistics = BatchStatistics(self.state.modules)
         for checkpoint in self.checkpoints:
             checkpoint.start()
         if kept is not None:
@@ -239,8 +241,8 @@ class Engine:
             for checkpoint in self.checkpoints:
                 if last or checkpoint.due(self):
                     self._settle()
-                    self.guard.undo_overflow()
-                    checkpoint.write(self)
+                    if self.guard.params_are_finite():  # else the next step takes an update back
+                        checkpoint.write(self)
 
     @property
     def seconds(self) -> float:

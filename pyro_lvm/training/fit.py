@@ -145,6 +145,7 @@ def fit(
         engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, _sequence(callbacks), devices)
         engine.fingerprint = {"seed": seed, "update": update, "loss": type(loss).__name__, "data": batches.digest}
         engine.fingerprint |= {"num_data": batches.num_data, "num_batches": batches.num_batches}
+        engine.fingerprint["batch_size"] = batch_size
         kept = None if resume is None else read_run(resume)
         try:
             with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
@@ -160,6 +161,7 @@ def fit(
 
 
 def _result(engine: Engine, params: Params, notes: tuple[str, ...]) -> FitResult:
+    loss = engine.objective.loss
     return make_result(
         (engine.model, engine.guide),
         engine.names,
@@ -171,7 +173,7 @@ def _result(engine: Engine, params: Params, notes: tuple[str, ...]) -> FitResult
         captured=engine.replayed,
         notes=notes,
         provenance=_provenance(engine),
-        modules=tuple(engine.state.modules),
+        modules=tuple(module for module in engine.state.modules if module is not getattr(loss, "baseline", None)),
     )
 
 

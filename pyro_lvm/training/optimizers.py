@@ -118,6 +118,10 @@ class GuardedOptimizer(PyroOptim):
         self.loss, self.updated = loss, False
         self(params.values())
 
+    def params_are_finite(self) -> bool:
+        """Whether the latest update left all parameters finite."""
+        return _all_finite(list(self.params.values()))
+
     def undo_overflow(self) -> None:
         """Take the latest update back if it made a parameter infinite or NaN, which finite gradients can do."""
         store = pyro.get_param_store()

@@ -9,6 +9,7 @@ from pyro_lvm._checks import check_path, check_program, data_tensor, refuse
 from pyro_lvm._files import read_tensors, write_tensors
 from pyro_lvm._typing import Guide, Model, TensorLike
 from pyro_lvm.errors import CheckpointError, DataTypeError
+from pyro_lvm.objectives.importance_weighted import BASELINE
 from pyro_lvm.tracing.isolation import called_modules, eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import current_params, training_store
 from pyro_lvm.tracing.probe import empty_guide
@@ -54,9 +55,13 @@ def save(result: FitResult, path: str | PathLike[str]) -> None:
     if not isinstance(result, FitResult):
         cure = "Pass what fit() returned; a pair that was trained without it is saved by Pyro's param store."
         raise DataTypeError(refuse("result", "a FitResult", type(result).__name__, cure))
-    params = result.model.params | result.guide.params
+    params = {
+        name: param
+        for name, param in (result.model.params | result.guide.params).items()
+        if not name.startswith(BASELINE)  # part of a loss
+    }
     content = {name: getattr(result, name) for name in _PLAIN} | {
-        "names": [sorted(result.model.params), sorted(result.guide.params)],
+        "names": [sorted(params.keys() & half.params.keys()) for half in (result.model, result.guide)],
         "params": {name: params[name][0] for name in sorted(params)},
         "modules": held_by(result.modules, params),
         "history": Columns().of(result.history),

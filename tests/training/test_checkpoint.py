@@ -1,5 +1,6 @@
 """A run that was broken off and goes on from its file is the run that was not, to the last bit."""
 
+import enum
 import logging
 import math
 import os
@@ -505,3 +506,174 @@ def test_a_full_disk_ends_a_run_at_its_first_file_only(
     assert run("mini-batches", tmp_path / "run.pt").num_steps == 30
     assert caplog.text.count("was not written") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run.pt"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Less usual runs.
+
+
+class Decoder(torch.nn.Module):
+    """Used by a method of its own; holds a running scale, which it assigns anew, and a frozen matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 3)
+        self.register_buffer("scale", torch.ones(3))
+        self.frozen = torch.nn.Parameter(torch.randn(3, 3), requires_grad=False)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        y = self.linear(z) @ self.frozen
+        if self.training:
+            self.scale = 0.9 * self.scale + 0.1 * y.detach().abs().flatten(0, -2).mean(0)
+        return y / self.scale
+
+
+def method_pair() -> Pair:
+    decoder, encoder = Decoder(), torch.nn.Linear(3, 4)
+
+    def model(x: torch.Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder.decode(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    model.decoder = decoder  # type: ignore[attr-defined]
+    return model, guide
+
+
+def tied_pair() -> Pair:
+    """One network under two names."""
+    net = torch.nn.Linear(3, 3)
+
+    def model(x: torch.Tensor) -> None:
+        pyro.module("down", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.module("up", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 0.5).to_event(1))
+
+    return model, guide
+
+
+def sampled_batches() -> Any:
+    order = torch.utils.data.RandomSampler(X, generator=torch.Generator().manual_seed(3))  # type: ignore[arg-type]
+    return DataLoader(TensorDataset(X), batch_sampler=torch.utils.data.BatchSampler(order, 8, False))
+
+
+@pytest.mark.filterwarnings("ignore:frozen was not registered:UserWarning")
+@pytest.mark.parametrize(
+    ("pair", "make_data"), [(method_pair, lambda: X), (tied_pair, lambda: X), (plain_pair, sampled_batches)]
+)
+def test_less_usual_runs_go_on_too(
+    pair: Callable[[], Pair], make_data: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RUNS, "unusual", (pair, make_data, lambda: {"optim": adam}))
+    whole = run("unusual", tmp_path / "whole.pt")
+    with pytest.raises(Crash):
+        run("unusual", tmp_path / "broken.pt", crash_at=19)
+    again = run("unusual", tmp_path / "broken.pt", resume=True)
+    assert_equal(again, whole)
+    assert len(again.provenance["resumed_at"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:frozen was not registered:UserWarning")
+def test_what_modules_hold_is_saved_whatever_method_uses_them(tmp_path: Path) -> None:
+    model, guide = method_pair()
+    result = lvm.fit(model, guide, X, num_steps=20, seed=0)
+    model.decoder.eval()  # type: ignore[attr-defined]
+    expected = lvm.elbo(model, guide, X, seed=0)
+    lvm.save(result, tmp_path / "pair.pt")
+    pyro.clear_param_store()
+    model, guide = method_pair()
+    model.decoder.eval()  # type: ignore[attr-defined]
+    lvm.load(tmp_path / "pair.pt", model, guide, X[:5])
+    assert torch.equal(lvm.elbo(model, guide, X, seed=0), expected)
+
+
+def test_a_baseline_is_no_part_of_a_saved_pair(tmp_path: Path) -> None:
+    result = lvm.fit(*discrete_pair(), X, num_steps=3, loss=reinforce(), seed=0)
+    lvm.save(result, tmp_path / "pair.pt")
+    pyro.clear_param_store()
+    again = lvm.load(tmp_path / "pair.pt", *discrete_pair(), X)
+    assert torch.equal(again.params["logit"], result.params["logit"])
+
+
+@pytest.mark.filterwarnings("ignore:frozen was not registered:UserWarning")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.usefixtures("captured_at_once")
+def test_nan_leaves_alone_what_a_module_assigns_anew(compile: bool) -> None:
+    model, guide = method_pair()
+    bad = X.repeat(4, 1)
+    bad[7] = math.nan
+    with pyro.validation_enabled(False):
+        result = lvm.fit(model, guide, bad, num_epochs=2, batch_size=8, seed=0, compile=compile)
+    assert result.skipped == 2
+    assert model.decoder.scale.isfinite().all()  # type: ignore[attr-defined]
+    assert not compile or "assign their buffers ['scale'] anew" in result.notes[0]
+
+
+@pytest.mark.filterwarnings("ignore:training stopped:RuntimeWarning")
+def test_writing_does_not_change_the_run(tmp_path: Path) -> None:
+    """Updates that overflow now and then are taken back by the next step, whether or not a file is due."""
+
+    def loss(model: Any, guide: Any, x: torch.Tensor) -> torch.Tensor:
+        weight = pyro.param("weight", torch.tensor(0.5))
+        return (weight - 1) ** 2 + weight * (3e38 if bool((x == X[LATE]).all(-1).any()) else 0.0)
+
+    def once(**options: Any) -> lvm.FitResult:
+        pyro.clear_param_store()
+        options |= {"optim": lambda params: torch.optim.SGD(params, lr=10.0), "num_steps": 60, "batch_size": 8}
+        return lvm.fit(*plain_pair(), X, loss=loss, seed=7, **options)
+
+    plain = once()
+    assert plain.skipped > 0
+    for every in (1, 4, 1000):
+        written = once(callbacks=[Checkpoint(tmp_path / f"{every}.pt", every=every)])
+        assert torch.equal(written.losses.nan_to_num(), plain.losses.nan_to_num())
+        assert torch.equal(written.params["weight"], plain.params["weight"])
+
+
+class Phase(int, enum.Enum):
+    WARM = 1
+
+
+def test_an_enum_is_refused_before_it_spoils_a_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Phase.WARM"):
+        run("mini-batches", tmp_path / "run.pt", callbacks=[Recorder()])
+    assert not list(tmp_path.iterdir())
+
+
+class Recorder:
+    def on_step(self, state: TrainingState) -> None:
+        state.history.record(phase=Phase.WARM)
+
+
+def test_a_loader_without_an_end_writes_nothing_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, guide = plain_pair()
+    data = DataLoader(TensorDataset(X), batch_size=5)
+    lvm.fit(model, guide, data, num_steps=9, seed=0, callbacks=[Checkpoint(tmp_path / "run.pt")])
+    assert "run.pt was not written" in caplog.text
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        lvm.fit(model, guide, data, num_steps=9, callbacks=[Checkpoint(tmp_path / "file" / "run.pt")])
+
+
+def test_the_wrong_optimizer_leaves_the_pair_alone(tmp_path: Path) -> None:
+    run("modules", tmp_path / "run.pt", num_steps=5)
+    pyro.clear_param_store()
+    model, guide = library_pair()
+    before = [p.clone() for p in model.parameters()]  # type: ignore[attr-defined]
+    options = {"batch_size": 8, "num_steps": 5, "seed": 7, "resume": tmp_path / "run.pt"}
+    with pytest.raises(CheckpointError, match="makes SGD"):
+        lvm.fit(model, guide, X, optim=lambda params: torch.optim.SGD(params, lr=0.1), **options)
+    assert all(map(torch.equal, before, model.parameters()))  # type: ignore[attr-defined]
