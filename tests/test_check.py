@@ -490,6 +490,20 @@ def test_what_the_users_own_code_raises_passes_unchanged() -> None:
         lvm.check(model, guide, X[:0])
 
 
+def test_a_last_layer_that_begins_at_zero_is_no_finding() -> None:
+    encoder = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 1))
+    nn.init.zeros_(encoder[1].weight)
+
+    def encoding(x: torch.Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x[:, None])[:, 0] + x, 1.0))
+
+    before = [p.clone() for p in encoder.parameters()]
+    assert lvm.check(model, encoding, X).codes == ()
+    assert all(map(torch.equal, before, encoder.parameters()))
+
+
 class Locked(Trace_ELBO):
     """A loss that cannot be copied deeply."""
 

@@ -1,7 +1,8 @@
 """The loss of a pair and its gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pyro_lvm.objectives.default import model_and_loss
 from pyro_lvm.objectives.gradients import gradient_moments, gradients_put_aside
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
 from pyro_lvm.objectives.setting import needs_score
+from pyro_lvm.ops.running import RunningMoments
 from pyro_lvm.tracing.intercept import is_latent, run
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.params import current_params
@@ -55,13 +57,36 @@ def _gradients(subject: Subject) -> Iterator[Finding]:
         message = f"loss: expected finite numbers, got {float(values.mean):g}{where}."
         yield finding("not-finite", message, "Look for NaN in x, divisions by 0, and scales that underflow.")
         return
-    still = [n for n in leaves if not (moments[n].mean.any() or moments[n].variance.any())]
+    still = _without_gradient(moments)
+    if still:  # a last layer that begins at zero keeps gradients from those before it, at that point only
+        with _moved(leaves), gradients_put_aside(subject.model, subject.guide), torch.enable_grad(), validation(False):
+            moments = gradient_moments(loss, program, subject.guide, subject.batch, leaves, _REPEATS)[1]
+        still = [name for name in _without_gradient(moments) if name in still]
     if still:
         message = f"parameters: expected a gradient for each, got 0 in {_REPEATS} repeats for {quoted(still)}."
         cure = (
             "Does the density depend on them? A second module under one name, a detach() or a branch leaves them out."
         )
         yield finding("no-gradient", message, cure, still[0])
+
+
+def _without_gradient(moments: Mapping[str, RunningMoments]) -> list[str]:
+    return [name for name, each in moments.items() if not (each.mean.any() or each.variance.any())]
+
+
+@contextmanager
+def _moved(leaves: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Parameters a little beside their values."""
+    values = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    try:
+        with torch.no_grad():
+            for leaf in leaves.values():
+                leaf.add_(0.01 * torch.randn_like(leaf))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, leaf in leaves.items():
+                leaf.copy_(values[name])
 
 
 def _options(subject: Subject, loss: Any) -> Iterator[Finding]:
