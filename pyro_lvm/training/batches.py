@@ -1,6 +1,6 @@
 """Data in, batches out: the arguments of the model for one step after the other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -38,7 +38,7 @@ class Batches:
     generators: tuple[torch.Generator, ...] = ()
     digest: str | None = None
 
-    def stream(self, start: int = 1) -> Iterator[tuple[int, tuple[Any, ...] | None]]:
+    def stream(self, start: int = 1) -> Generator[tuple[int, tuple[Any, ...] | None], None, None]:
         """``(epoch, batch)`` from the start of an epoch without end; ``(epoch, None)`` marks the end of one."""
         for epoch in count(start):
             empty = True

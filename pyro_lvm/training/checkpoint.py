@@ -241,7 +241,8 @@ def _restore_position(run: "Engine", content: Mapping[str, Any]) -> None:
     """Draw the order of the epoch once more, and pass over what has been done of it."""
     epoch, batches, generator = run.position = content["position"]
     torch.set_rng_state(generator)
-    run.stream = run.batches.stream(epoch)
+    run.source.close()
+    run.stream = run.source = run.batches.stream(epoch)
     for _ in range(batches):
         next(run.stream)
     for own, state in zip(run.batches.generators, content["data_generators"], strict=True):

@@ -65,10 +65,10 @@ class Engine:
         self.checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         self.hooks = [_hooks(callback) for callback in callbacks if not isinstance(callback, Checkpoint)]
         self.position = self._start_of(1)
-        stream = batches.stream()
-        first = next(stream)
+        self.source = batches.stream()
+        first = next(self.source)
         self.batch: Args = first[1] or ()
-        self.stream: Iterator[tuple[int, Args | None]] = chain([first], stream)
+        self.stream: Iterator[tuple[int, Args | None]] = chain([first], self.source)
         self.names: tuple[set[str], set[str]] = (set(), set())  # of the model, of the guide
         self.state = TrainingState(model, guide, History())
         self.ledger = Ledger(self.state, every=_SETTLE_EVERY if devices and not self._watched() else 1)
@@ -204,6 +204,7 @@ class Engine:
         except KeyboardInterrupt:
             state.stop_reason = "interrupted"
         finally:
+            self.source.close()  # workers of a loader end at once, and not when garbage is collected
             self._settle()
             guard.undo_overflow()
             self._clear_gradients()
