@@ -553,6 +553,23 @@ def test_guides_that_look_at_their_model_first(make: Any) -> None:
     assert lvm.fit(model, other, X, num_steps=2).num_steps == 2
 
 
+def test_an_example_of_a_constraint_on_vectors() -> None:
+    def classes(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            logits = torch.stack([z, -z], -1)
+            pyro.sample("x", dist.OneHotCategorical(logits=logits, validate_args=False), obs=x)
+
+    def first(x: torch.Tensor) -> None:
+        guide(x[:, 0])
+
+    x = torch.tensor([[1.0, 0.0], [torch.nan, 1.0], [0.5, 0.5], [0.0, 1.0]])
+    words = r"observed site 'x': expected values in OneHot\(\), got \[0.5, 0.5\]"
+    assert re.match(words, lvm.check(classes, first, x).findings[0].message)
+    with pytest.raises(lvm.SupportError, match=words):
+        lvm.log_marginal(classes, first, x, num_particles=2)
+
+
 def test_one_datum_and_nan_can_be_checked() -> None:
     assert lvm.check(model, guide, X[:1]).ok
     x = X.clone()

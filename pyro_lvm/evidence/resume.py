@@ -83,7 +83,7 @@ class Checkpoint:
         if not (self.path / "state.pt").exists():
             return None
         with self._told():
-            state = read_tensors(self.path / "state.pt", "estimate")
+            state = read_tensors(self.path / "state.pt", "kept estimate")
             progress = Progress(**state["progress"])
             found, generators, self.resumed_at[:] = state["fingerprint"], state["generators"], state["resumed_at"]
         self._check(found)
@@ -131,7 +131,7 @@ class Checkpoint:
         table[:, self._saved : progress.results] = self.columns.table(self._saved, progress.results).numpy()
         table.flush()
         state = {"fingerprint": self.expected, "progress": asdict(progress), "generators": generators}
-        write_tensors(self.path / "state.pt", "estimate", state | {"resumed_at": self.resumed_at})
+        write_tensors(self.path / "state.pt", "kept estimate", state | {"resumed_at": self.resumed_at})
         self._saved, self._time = progress.results, time.monotonic()
 
     def _open(self, mode: Any) -> np.memmap:

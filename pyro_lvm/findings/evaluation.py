@@ -6,9 +6,10 @@ import torch
 
 from pyro_lvm._typing import Model
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted
+from pyro_lvm.objectives.dependence import moved, rerun
 from pyro_lvm.tracing.batch import Batch
 from pyro_lvm.tracing.handlers import noted_rows
-from pyro_lvm.tracing.intercept import Site, Trace, is_latent, run
+from pyro_lvm.tracing.intercept import is_latent
 from pyro_lvm.tracing.isolation import evaluation_rng
 from pyro_lvm.tracing.probe import probe_pair
 
@@ -56,32 +57,15 @@ def _looks_at_x(subject: Subject) -> Iterator[Finding]:
     x = batch.args[0]
     if plan is None or plan.tied or plan.guide_layout.plate is None or torch.equal(x, x.roll(1, 0)):
         return
-    moved = Batch(
+    other = Batch(
         tuple(a.roll(1, 0) if own else a for a, own in zip(batch.args, batch.per_datum, strict=True)), batch.per_datum
     )
     latents = {n: s["value"] for n, s in subject.pair.guide.items() if is_latent(s)}
-    with evaluation_rng(1):
-        before = run(subject.guide, batch.args, values=latents)
-    with evaluation_rng(1):
-        after = run(subject.guide, moved.args, values=latents)
-    if latents and all(_same_density(before, after, name) for name in latents):
+    before, after = (rerun(subject.guide, each.args, latents) for each in (batch, other))
+    if latents and not any(moved(before[name], after[name], value) for name, value in latents.items()):
         message = f"guide: expected q(z | x) that changes with x, got the same for all data at {quoted(latents)}."
         cure = "Use x in the guide; a guide without it is right only where the posterior is one for all data."
         yield finding("guide-ignores-x", message, cure, next(iter(latents)))
-
-
-def _same_density(before: Trace, after: Trace, name: str) -> bool:
-    value = before[name]["value"]
-    try:
-        one, other = (trace[name]["fn"].log_prob(value) for trace in (before, after))
-    except (KeyError, NotImplementedError):  # a density that only its own draws have
-        one, other = (_drawn(trace[name]) for trace in (before, after))
-    return one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
-
-
-def _drawn(site: Site) -> torch.Tensor:
-    with evaluation_rng(1):
-        return torch.as_tensor(site["fn"].sample())
 
 
 #: In the order in which they are asked.

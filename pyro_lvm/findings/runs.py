@@ -4,13 +4,20 @@ from collections.abc import Iterator
 
 import torch
 
-from pyro_lvm.findings.record import Finding, Subject, finding, quoted
-from pyro_lvm.tracing.intercept import Site, element_constraint, in_words, is_latent, is_observed, run, support
+from pyro_lvm.findings.record import Finding, Subject, finding, quoted, told
+from pyro_lvm.tracing.intercept import Site, in_words, is_latent, outside_support, run, support
 from pyro_lvm.tracing.isolation import called_modules
 from pyro_lvm.tracing.params import module_parameters
-from pyro_lvm.tracing.probe import run_or_explain
+from pyro_lvm.tracing.probe import check_finite, run_or_explain
 from pyro_lvm.tracing.questions import parameter_names
-from pyro_lvm.tracing.sites import check_determined, has_log_density, is_delta, match_sites, outside_data
+from pyro_lvm.tracing.sites import (
+    check_determined,
+    has_log_density,
+    is_delta,
+    match_sites,
+    outside_data,
+    outside_error,
+)
 from pyro_lvm.training.engine import check_one_tensor_a_name
 
 __all__ = ["PLAIN", "QUESTIONS"]
@@ -37,18 +44,11 @@ def _runs(subject: Subject) -> Iterator[Finding]:
     with called_modules(subject.model, subject.guide) as modules:
         subject.names = parameter_names(subject.model, subject.guide, *subject.batch.args)
     subject.modules = modules
-    if not any(map(is_observed, subject.pair.model.values())):
-        yield finding("no-data", "model: expected an observed site, got none.", 'Write pyro.sample("x", ..., obs=x).')
-    values = {
-        n: s["value"] for t in (subject.pair.model, subject.pair.guide) for n, s in t.items() if s["type"] == "param"
-    }
-    if bad := [name for name, value in values.items() if not value.isfinite().all()]:
-        message = f"parameters: expected finite values, got NaN or infinity in {quoted(bad)}."
-        yield finding("not-finite", message, "Start from finite values, or load a good checkpoint.", bad[0])
+    check_finite(subject.pair)
 
 
 def _names(subject: Subject) -> Iterator[Finding]:
-    """Names of all latents at once, so that a table of typing errors is one page."""
+    """How the sites of the two programs fit together."""
     if subject.needs_no_guide:
         return
     match = match_sites(subject.pair.model, subject.pair.guide)
@@ -62,14 +62,11 @@ def _names(subject: Subject) -> Iterator[Finding]:
 
 
 def _leaves_prior(name: str, prior: Site, proposal: Site) -> tuple[str, str]:
-    constraint = support(prior["fn"])
-    outside = ~constraint.check(proposal["fn"].sample(torch.Size([64])))
+    outside = outside_support(prior["fn"], proposal["fn"].sample(torch.Size([64])))
     if not outside.any():
         return "", ""
-    share = float(outside.double().mean())
-    message = (
-        f"guide site {name!r}: expected draws in the prior's support, {in_words(constraint)}, got {share:.0%} outside."
-    )
+    allowed, share = in_words(support(prior["fn"])), float(outside.double().mean())
+    message = f"guide site {name!r}: expected draws in the prior's support, {allowed}, got {share:.0%} outside."
     return message, "Their weight is 0 and their loss infinite: use a family with the support of the prior."
 
 
@@ -92,16 +89,8 @@ def _sites(subject: Subject) -> Iterator[Finding]:
 
 def _data(subject: Subject) -> Iterator[Finding]:
     for name, outside in outside_data(subject.pair.model).items():
-        site = subject.pair.model[name]
-        constraint, value = element_constraint(support(site["fn"])), site["value"]
-        example = value[~constraint.check(value) & ~value.isnan()][0].item()
         share = float(outside.double().mean())
-        message = (
-            f"observed site {name!r}: expected values in {in_words(constraint)}, got {example:g}, "
-            f"and such in {share:.0%} of the data."
-        )
-        cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
-        yield finding("data-outside-support", message, cure, name)
+        yield told(outside_error(subject.pair.model[name], f", and such in {share:.0%} of them"))
 
 
 #: In the order in which they are asked.

@@ -1,11 +1,11 @@
 """How a pair is going to be treated."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted
+from pyro_lvm.objectives.closed_form_kl import factor_in_words, scale_of
 from pyro_lvm.tracing.intercept import is_latent, is_observed
 from pyro_lvm.tracing.params import current_params
 
@@ -14,7 +14,7 @@ __all__ = ["QUESTIONS"]
 
 def _notes(subject: Subject) -> Iterator[Finding]:
     sites = [s for t in (subject.pair.model, subject.pair.guide) for s in t.values() if is_latent(s) or is_observed(s)]
-    scaled = {s["name"] for s in sites if not _is_one(s["scale"])}
+    scaled = {s["name"] for s in sites if (scale_of(s) != 1).any()}
     if scaled:
         message = f"sites {quoted(scaled)}: the loss weighs their log-densities, by a scale or a subsampled plate."
         yield finding("scaled", message, "Reported numbers are without these weights.", sorted(scaled)[0])
@@ -43,18 +43,12 @@ def _scales(subject: Subject) -> Iterator[Finding]:
     """A latent whose log p and log q have different weights in the loss."""
     model, guide = subject.pair.model, subject.pair.guide
     for name in (n for n, s in guide.items() if is_latent(s) and n in model):
-        ours, theirs = (torch.as_tensor(trace[name]["scale"], dtype=torch.float64) for trace in (guide, model))
-        if not torch.allclose(ours.mean(), theirs.mean()):
-            message = (
-                f"latent {name!r}: expected one scale in model and guide, "
-                f"got {float(theirs.mean()):g} in the model and {float(ours.mean()):g} in the guide."
-            )
+        ours, theirs = torch.broadcast_tensors(scale_of(guide[name]), scale_of(model[name]))
+        if not torch.allclose(ours, theirs):
+            got = f"{factor_in_words(theirs)} in the model and {factor_in_words(ours)} in the guide"
+            message = f"latent {name!r}: expected one scale in model and guide, got {got}."
             cure = "The loss is no bound: give both programs the same plate, subsample and scale."
             yield finding("scales", message, cure, name)
-
-
-def _is_one(scale: Any) -> bool:
-    return bool((torch.as_tensor(scale) == 1).all())
 
 
 def _names_of_others(subject: Subject) -> Iterator[Finding]:

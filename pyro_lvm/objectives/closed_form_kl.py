@@ -14,7 +14,7 @@ from pyro_lvm.tracing.isolation import evaluation_rng
 from pyro_lvm.tracing.probe import Run
 from pyro_lvm.tracing.sites import has_log_density, is_delta, mask_of
 
-__all__ = ["closed_forms", "family", "not_its_own"]
+__all__ = ["closed_forms", "factor_in_words", "family", "not_its_own", "scale_of"]
 
 _TRACE = "or pass loss=Trace_ELBO()."
 
@@ -54,11 +54,11 @@ def _fault(name: str, kl: torch.Tensor, pair: Run, feeding: set[str]) -> str:
     if tuple(kl.shape) != tuple(fn.batch_shape):
         cure = "Put the site in the same plates, with the same event dimensions, in both programs."
         return refuse(site, f"a KL of the guide's batch shape {tuple(fn.batch_shape)}", tuple(kl.shape), cure)
-    for word, factor in {"scale": _scale, "mask": mask_of}.items():
+    for word, factor in {"scale": scale_of, "mask": mask_of}.items():
         mine, theirs = factor(guide), factor(model)
         if not _same(mine, theirs, kl.shape):
             cure = f"TraceMeanField_ELBO takes the guide's for both: give both programs the same {word}, {_TRACE}"
-            got = f"{_in_words(theirs)} in the model and {_in_words(mine)} in the guide"
+            got = f"{factor_in_words(theirs)} in the model and {factor_in_words(mine)} in the guide"
             return refuse(site, f"one {word} in model and guide", got, cure)
     if wrong := not_its_own(fn, model["fn"]):
         register = f"Register one with torch.distributions.register_kl, {_TRACE}"
@@ -67,7 +67,8 @@ def _fault(name: str, kl: torch.Tensor, pair: Run, feeding: set[str]) -> str:
     return ""
 
 
-def _scale(site: Site) -> torch.Tensor:
+def scale_of(site: Site) -> torch.Tensor:
+    """The weight of a site's log-density in a loss."""
     return torch.as_tensor(site["scale"], dtype=torch.float64)
 
 
@@ -76,7 +77,8 @@ def _same(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> bool:
     return torch.allclose(one, other) if one.is_floating_point() else torch.equal(one, other)
 
 
-def _in_words(factor: torch.Tensor) -> str:
+def factor_in_words(factor: torch.Tensor) -> str:
+    """A scale or a mask, short."""
     values = factor.unique().tolist()
     return f"{values[0]:g}" if len(values) == 1 else f"{len(values)} values, mean {float(factor.double().mean()):.3g}"
 

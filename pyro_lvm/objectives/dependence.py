@@ -10,7 +10,7 @@ from pyro_lvm.tracing.intercept import Site, Trace, Values, base_distribution, i
 from pyro_lvm.tracing.isolation import evaluation_rng
 from pyro_lvm.tracing.sites import is_delta
 
-__all__ = ["descendants", "parents"]
+__all__ = ["descendants", "moved", "parents", "rerun"]
 
 
 def parents(
@@ -21,15 +21,15 @@ def parents(
     A draw is replaced by those of ``redraws``, several, for one of a discrete latent may be the value that was there;
     and, if it is continuous, by NaN, which goes through weights that are still zero.
     """
-    before = _run(program, args, values)
+    before = rerun(program, args, values)
     latents = [name for name, site in before.items() if is_latent(site)]
     found: dict[str, set[str]] = {name: set() for name in latents}
     for changed in (name for name in latents if name in values):
         for other in _others(values[changed], [draws[changed] for draws in redraws]):
             with suppress(Exception):  # NaN may be refused anywhere
-                after = _run(program, args, {**values, changed: other})
+                after = rerun(program, args, {**values, changed: other})
                 for name in latents[latents.index(changed) + 1 :]:
-                    if _moved(before[name], after[name], values[name]):
+                    if moved(before[name], after[name], values[name]):
                         found[name].add(changed)
     return found
 
@@ -43,8 +43,9 @@ def descendants(name: str, parents_of: Mapping[str, set[str]]) -> set[str]:
     return below - {name}
 
 
-def _run(program: Callable[..., Any], args: Sequence[Any], values: Values) -> Trace:
-    with evaluation_rng(0):  # noise from outside of `pyro.sample` is the same in each run
+def rerun(program: Callable[..., Any], args: Sequence[Any], values: Values) -> Trace:
+    """A run at these values; noise from outside of ``pyro.sample`` is the same in each."""
+    with evaluation_rng(0):
         return run(program, args, values=values)
 
 
@@ -52,7 +53,8 @@ def _others(value: torch.Tensor, redraws: list[torch.Tensor]) -> list[torch.Tens
     return [*redraws, *([torch.full_like(value, torch.nan)] if value.is_floating_point() else [])]
 
 
-def _moved(before: Site, after: Site, value: torch.Tensor) -> bool:
+def moved(before: Site, after: Site, value: torch.Tensor) -> bool:
+    """Whether the distribution of a site is another one."""
     one, other = _fingerprint(before, value), _fingerprint(after, value)
     return one.shape != other.shape or not torch.allclose(one, other, equal_nan=True)
 

@@ -24,7 +24,17 @@ from pyro_lvm.tracing.plates import check_enclosed, find_guide_plate, find_plate
 from pyro_lvm.tracing.sites import Match, check_determined, guide_sites, has_bounded_data, match_sites
 from pyro_lvm.tracing.tables import Table, agree
 
-__all__ = ["MISMATCH", "PROBE_ROWS", "Plan", "empty_guide", "note_dtypes", "probe_pair", "run_or_explain", "run_pair"]
+__all__ = [
+    "MISMATCH",
+    "PROBE_ROWS",
+    "Plan",
+    "check_finite",
+    "empty_guide",
+    "note_dtypes",
+    "probe_pair",
+    "run_or_explain",
+    "run_pair",
+]
 
 _CPU_BYTES = 2**26  # what one chunk may allocate: a few times the cache, far below what a process has
 _ROWS = {"cpu": 128, "cuda": 1024}  # data a chunk: the guide runs once for each
@@ -110,7 +120,7 @@ def probe_pair(
     with torch.no_grad():
         runs, tied = _plain_runs(model, guide, data, data_plate)
         first = runs[0]
-        _check_finite(first)
+        check_finite(first)
         match = match_sites(first.model, first.guide)
         hidden = bool(check_determined(guide, first.batch.args, first.guide))
         depth = nesting(first.model, first.guide)
@@ -197,7 +207,7 @@ def run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
                 finding="plate-size",
             ) from error
         if "Expected parameter" in str(error):
-            _check_finite(None)
+            check_finite(None)
             _check_data_finite(batch)
         raise
     except RuntimeError as error:
@@ -222,7 +232,12 @@ def _guide_follows(guide: Guide, batch: Batch, plate: str) -> bool:
     return all(f.size == len(batch) for f in frames if f.name == plate)
 
 
-def _check_finite(pair: Run | None) -> None:
+def check_finite(pair: Run | None) -> None:
+    """The parameters of a run, or of the store, are numbers.
+
+    Raises:
+        ParameterError: some are NaN or infinite.
+    """
     if pair is None:
         values = {n: t for n, (t, _) in current_params().items()}
     else:

@@ -15,6 +15,7 @@ from pyro_lvm.tracing.intercept import (
     base_distribution,
     bounds,
     element_constraint,
+    in_words,
     is_latent,
     is_observed,
     is_real,
@@ -38,6 +39,7 @@ __all__ = [
     "mask_of",
     "match_sites",
     "outside_data",
+    "outside_error",
 ]
 
 #: Largest number of joint values of the latent sites that are enumerated because the guide lacks them.
@@ -333,3 +335,15 @@ def outside_data(trace: Trace) -> dict[str, torch.Tensor]:
             if bool(outside.any()):
                 found[name] = outside
     return found
+
+
+def outside_error(site: Site, where: str = "") -> SupportError:
+    """The error for an observed site that `outside_data` has named."""
+    constraint, value = element_constraint(support(site["fn"])), site["value"]
+    outside = value[~constraint.check(value)]  # numbers, or vectors where a constraint is of a whole vector
+    example = next((each for each in outside if not each.isnan().any()), outside[0]).tolist()
+    return SupportError(
+        f"observed site {site['name']!r}: expected values in {in_words(constraint)}, got {example}{where}. Transform "
+        "the data (grey pixels under a Bernoulli: binarise them) or take another likelihood: no density is there.",
+        finding="data-outside-support",
+    )

@@ -8,14 +8,14 @@ import torch
 
 from pyro_lvm._checks import check_positive_int, data_tensor
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
-from pyro_lvm.errors import SiteError, SupportError
+from pyro_lvm.errors import SiteError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
-from pyro_lvm.tracing.intercept import Values, element_constraint, in_words, is_latent, run
+from pyro_lvm.tracing.intercept import Values, is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
 from pyro_lvm.tracing.particles import Draws, Runner, draw_from
 from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
-from pyro_lvm.tracing.sites import guide_sites, outside_data
+from pyro_lvm.tracing.sites import guide_sites, outside_data, outside_error
 from pyro_lvm.tracing.tables import Table
 
 __all__ = ["Proposal", "check_data", "elbo", "evaluation", "log_weights", "weight_table"]
@@ -82,13 +82,7 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
         if dim is not None and outside.dim() >= -dim:
             rows = outside.nonzero()[:, dim].unique()
             where = f" ({len(rows)} of {len(batch)} data, the first of them row {first_row + int(rows[0])})"
-        constraint = element_constraint(site["fn"].support)
-        allowed = in_words(constraint)
-        example = site["value"][~constraint.check(site["value"])][0].tolist()
-        raise SupportError(
-            f"observed site {name!r}: expected values in {allowed}, got {example}{where}. No density is there: "
-            "transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
-        )
+        raise outside_error(site, where)
 
 
 @contextmanager

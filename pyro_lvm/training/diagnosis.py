@@ -12,12 +12,10 @@ from typing import Any
 import torch
 
 from pyro_lvm._checks import refuse
-from pyro_lvm.errors import NonFiniteError, PlateError, PyroLVMError, SiteError, SupportError
+from pyro_lvm.errors import NonFiniteError, PlateError, PyroLVMError, SiteError
 from pyro_lvm.tracing.batch import Batch, make_batch
 from pyro_lvm.tracing.intercept import (
     Trace,
-    element_constraint,
-    in_words,
     is_latent,
     is_observed,
     run,
@@ -27,7 +25,7 @@ from pyro_lvm.tracing.intercept import (
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.plates import find_guide_plate, find_plate
 from pyro_lvm.tracing.probe import MISMATCH, Run, run_or_explain, run_pair
-from pyro_lvm.tracing.sites import outside_data
+from pyro_lvm.tracing.sites import outside_data, outside_error
 
 __all__ = ["check_follows_batches", "explained", "outside_sites", "why_nonfinite"]
 
@@ -160,13 +158,7 @@ def _explained_score(trace: Trace, name: str, reason: str, num_data: int) -> Pyr
         return None
     fn, value, argument = site["fn"], site["value"], f"observed site {name!r}"
     if _OUTSIDE in reason and name in outside_data(trace):
-        constraint = element_constraint(fn.support)
-        cure = "Transform the data (grey pixels under a Bernoulli: binarise them) or take another likelihood."
-        outside = value[~constraint.check(value)].flatten()
-        example = outside[~outside.isnan()][0].item()
-        return SupportError(
-            refuse(argument, f"values in {in_words(constraint)}", example, cure), "data-outside-support"
-        )
+        return outside_error(site)
     if "not broadcastable with" not in reason:
         return None
     plates = {f.name: f.size for f in vectorised_frames(site)}

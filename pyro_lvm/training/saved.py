@@ -16,7 +16,7 @@ from pyro_lvm.tracing.probe import empty_guide
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.history import Columns, History
 from pyro_lvm.training.state import FitResult, make_result
-from pyro_lvm.training.values import differences, fill, held_by, listed
+from pyro_lvm.training.values import differences, fill, held_by, listed, live
 
 __all__ = ["load", "save"]
 
@@ -103,14 +103,16 @@ def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: Tensor
     modules: list[torch.nn.Module] = []
 
     def look() -> tuple[set[str], set[str]]:
-        quiet = evaluation_rng(0, [batch[0].device]), eval_mode(model, guide), validation(False)
-        with quiet[0], quiet[1], quiet[2], called_modules(model, guide) as found:
+        with (
+            evaluation_rng(0, [batch[0].device]),
+            eval_mode(model, guide),
+            validation(False),
+            called_modules(model, guide) as found,
+        ):
             names = parameter_names(model, guide, *batch)
         modules.extend(found)
-        here = {name: tensor for name, (tensor, _) in current_params().items() if name in names[0] | names[1]}
-        differ = differences(content["params"], here) + differences(
-            content["modules"], held_by(modules, current_params())
-        )
+        differ = differences(content["params"], live(names[0] | names[1]))
+        differ += differences(content["modules"], held_by(modules, current_params()))
         if differ:
             cure = "Make the pair as it was when it was saved."
             raise CheckpointError(refuse("path", "the parameters of this pair", listed(differ), cure))

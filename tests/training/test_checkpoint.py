@@ -3,7 +3,6 @@
 import enum
 import logging
 import math
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +28,6 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 LATE = int(torch.randperm(50, generator=torch.Generator().manual_seed(7))[25])
-
-
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk, which may be busy; `killed_runs` does."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 class Crash(Exception):
