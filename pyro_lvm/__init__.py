@@ -5,11 +5,12 @@ A model p(x, z) and a guide q(z | x) are Pyro programs, any callables with the s
 * `check` says what is wrong with a pair before it is trained.
 * `fit` trains a pair with Pyro's SVI, `best_of` from several starts; `save` and `load` keep what was trained.
 * `log_marginal` estimates log p(x) of every datum, with an error and a verdict.
+* `expectation` is the mean of any function of z over p(z | x); `latent` looks at the space of z.
 * `inference_gap` says what a guide loses by its family, and what by its encoder.
 * `compare` puts pairs side by side; `log_weights` and `elbo` are what all of it is made of.
 """
 
-from pyro_lvm import datasets, errors, evidence, guides, models, nn, objectives, ops, plots, transforms
+from pyro_lvm import datasets, errors, evidence, guides, latent, models, nn, objectives, ops, plots, transforms
 from pyro_lvm._version import __version__
 from pyro_lvm.check import CheckReport, Finding, check
 from pyro_lvm.compare import compare
@@ -28,7 +29,7 @@ from pyro_lvm.errors import (
     UnreliableEstimateWarning,
     UntrainedParameterWarning,
 )
-from pyro_lvm.evidence import LogMarginal
+from pyro_lvm.evidence import Expectation, LogMarginal, expectation
 from pyro_lvm.evidence import importance as log_marginal
 from pyro_lvm.gaps import InferenceGap, inference_gap
 from pyro_lvm.tracing import elbo, log_weights
@@ -40,6 +41,7 @@ __all__ = [
     "Comparison",
     "DataTypeError",
     "DatasetError",
+    "Expectation",
     "Finding",
     "FitResult",
     "InferenceGap",
@@ -62,9 +64,11 @@ __all__ = [
     "elbo",
     "errors",
     "evidence",
+    "expectation",
     "fit",
     "guides",
     "inference_gap",
+    "latent",
     "load",
     "log_marginal",
     "log_weights",

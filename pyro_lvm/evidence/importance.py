@@ -1,31 +1,29 @@
 """Importance sampling with the guide as proposal, streamed over data and particles."""
 
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_chunks, check_positive_int, refuse, shown, warn_caller
+from pyro_lvm._checks import check_chunks, check_positive_int, refuse
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
-from pyro_lvm._version import versions
-from pyro_lvm.errors import DataTypeError, UnreliableEstimateWarning
+from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.closed_form import closed_form
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.job import Job
 from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
-from pyro_lvm.evidence.resume import Checkpoint, Progress, fingerprint
-from pyro_lvm.ops import DOUBTFUL, STATUSES, WeightAccumulator, WeightSummary
-from pyro_lvm.ops.memory import keep_freed_memory
-from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
+from pyro_lvm.evidence.resume import Checkpoint, fingerprint
+from pyro_lvm.evidence.verdict import warn_of_doubt
+from pyro_lvm.ops import STATUSES
+from pyro_lvm.tracing.batch import DataArgs
 from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
-from pyro_lvm.tracing.digest import DataDigest, parameter_digest
+from pyro_lvm.tracing.digest import parameter_digest
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
-from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, empty_guide, probe_pair
-from pyro_lvm.tracing.weights import check_data, evaluation
+from pyro_lvm.tracing.probe import PROBE_ROWS, empty_guide, probe_pair
+from pyro_lvm.tracing.weights import evaluation
 
 __all__ = ["importance"]
 
@@ -149,91 +147,16 @@ def importance(
             provenance["model_dtype"] = rounding(plan, model, guide, source, model_dtype)
             model = in_half(model, model_dtype)
         tables = CapturedTables(plan, model, guide) if compile else Tables(plan, model, guide)
-        job = _Job(plan, tables, source, num_particles, sizes, columns, checkpoint)
+        job = Job(plan, tables, source, num_particles, sizes, columns, checkpoint)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     sha256 = {"parameters": parameters, "data": job.digest.hexdigest()}
     record = _record(job, provenance | names | {"sha256": sha256})
-    _warn(record)
+    warn_of_doubt("LogMarginal", record.status, record.verdict)
     return record
 
 
-@dataclass
-class _Job:
-    """One estimate under way: the data in chunks, and for each the particles in chunks."""
-
-    plan: Plan
-    tables: Tables
-    source: Rows
-    num_particles: int
-    chunks: tuple[int, int]
-    columns: Columns
-    checkpoint: Checkpoint | None = None
-    dtype: str = "None"
-    digest: DataDigest = field(default_factory=DataDigest)
-
-    def run(self, progress: bool | None) -> None:
-        """Fill the columns; with the data that are finished when Ctrl-C comes."""
-        keep_freed_memory()
-        num_data, done = len(self.source), self._load()
-        total = num_data * self.num_particles
-        shows = {"unit": " weights", "unit_scale": True, "disable": not shown(progress)}
-        with tqdm(total=total, initial=done * self.num_particles, **shows) as bar:
-            try:
-                while done < num_data:
-                    rows = num_data if self.plan.tied else min(self.chunks[0], num_data - done)
-                    try:
-                        batch = self.source.rows(slice(done, done + rows))
-                        summary = self._chunk(batch, done, bar)
-                    except (RuntimeError, MemoryError) as error:
-                        self._shrink(error)
-                        continue
-                    done += rows
-                    self.columns.add(summary)
-                    self.digest.add(batch)
-                    if self.checkpoint:
-                        self.checkpoint.note(
-                            Progress(done, self.columns.done, self.chunks, self.dtype, self.digest.chains.copy())
-                        )
-            except KeyboardInterrupt:
-                if not self.columns.done:
-                    raise
-            finally:
-                if self.checkpoint:
-                    self.checkpoint.save()
-
-    def _load(self) -> int:
-        """Go on from where a checkpoint is; the number of data that are done."""
-        if self.checkpoint is None or (found := self.checkpoint.load()) is None:
-            return 0
-        self.chunks, self.dtype, self.digest.chains = found.chunks, found.dtype, found.chains
-        return found.rows
-
-    def _chunk(self, batch: Batch, done: int, bar: Any) -> WeightSummary:
-        """All particles of some data, before which others are ``done``."""
-        check_data(self.plan, self.tables.model, self.tables.guide, batch, done)
-        draw = self.tables.of(batch, (len(self.source) - done) * self.num_particles)
-        weights = WeightAccumulator(self.plan.model_layout.num_data(batch), self.num_particles, batch.args[0].device)
-        left = self.num_particles
-        while left:
-            now = min(self.chunks[1], left)
-            table = draw(now)
-            weights.update(table.total, table.magnitude)
-            self.dtype = str(table.total.dtype)
-            left -= now
-            bar.update(now * len(batch))
-        return weights.summary()
-
-    def _shrink(self, error: Exception) -> None:
-        """Halve what is computed at once after running out of memory; any other error passes."""
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        data, particles = self.chunks
-        if not (isinstance(error, MemoryError) or any(word in str(error) for word in words)) or data * particles == 1:
-            raise error
-        self.chunks = (data, particles // 2) if particles > 1 else (data // 2, 1)
-
-
-def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:
+def _record(job: Job, provenance: dict[str, Any]) -> LogMarginal:
     plan, columns = job.plan, job.columns
     codes = columns["status"].long().cpu().numpy()
     value, status, method = columns["value"], np.array(STATUSES)[codes], "importance sampling"
@@ -242,18 +165,6 @@ def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:
         method = "enumeration" if plan.match.enumerated else "exact density"
         status = np.where(status == "unreliable", "exact", status)  # K = 1 says nothing of a sum that has no noise
         stderr = bias = elbo_stderr = torch.zeros_like(value)
-    provenance |= {
-        "num_data": len(job.source),
-        "finished": len(value) == len(columns),
-        "dtype": job.dtype,
-        "data_plate": plan.model_layout.plate,
-        "chunks": job.chunks,
-        "tables": job.tables.note,
-        "particles": {"model": plan.model_mode, "guide": plan.guide_mode},
-        "streamed": "particles" if plan.tied else "data and particles",
-        "enumerated": plan.match.enumerated,
-        "versions": versions(),
-    }
     return LogMarginal(
         value=value,
         stderr=stderr,
@@ -265,17 +176,9 @@ def _record(job: _Job, provenance: dict[str, Any]) -> LogMarginal:
         status=status,
         num_particles=job.num_particles,
         method=method,
-        provenance=provenance,
+        provenance=provenance | job.provenance(),
     )
 
 
 def _name(program: Any) -> str:
     return str(getattr(program, "__qualname__", type(program).__name__))
-
-
-def _warn(record: LogMarginal) -> None:
-    counts = {word: int((record.status == word).sum()) for word in DOUBTFUL}
-    if any(counts.values()):
-        words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        message = f"of {len(record)} data: {words}. See LogMarginal.status and .khat; {record.verdict}"
-        warn_caller(message, UnreliableEstimateWarning)

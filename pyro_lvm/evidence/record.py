@@ -14,7 +14,7 @@ from pyro_lvm._files import numbers, read_json, write_json
 from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS
-from pyro_lvm.ops import DOUBTFUL, STATUSES
+from pyro_lvm.evidence.verdict import doubt, status_shares, verdict
 
 if TYPE_CHECKING:
     import xarray
@@ -103,14 +103,12 @@ class LogMarginal:
 
     def status_shares(self) -> dict[str, float]:
         """Share of the data in each status that occurs, from the best to the worst."""
-        shares = {word: float((self.status == word).mean()) for word in STATUSES}
-        return {word: share for word, share in shares.items() if share}
+        return status_shares(self.status)
 
     @property
     def doubt(self) -> str:
         """Words on the data whose value is not to be quoted; empty if there are none."""
-        shares = self.status_shares()
-        return ", ".join(f"{word} for {shares[word]:.1%}" for word in DOUBTFUL if word in shares)
+        return doubt(self.status)
 
     @property
     def rounding(self) -> str:
@@ -130,26 +128,7 @@ class LogMarginal:
     @property
     def verdict(self) -> str:
         """What may be said with these numbers, in a plain sentence, and one on half precision where it matters."""
-        return self._verdict + self.rounding
-
-    @property
-    def _verdict(self) -> str:
-        shares = self.status_shares()
-        if self.doubt:
-            cures = {
-                "unreliable": "More particles, or a guide that fits better.",
-                "no_support": "The model excludes what the guide proposes there.",
-                "nonfinite": "Look for NaN in data, parameters or densities.",
-            }
-            cure = " ".join(cures[word] for word in DOUBTFUL if word in shares)
-            return f"not to be quoted as log p(x): {self.doubt} of the data. {cure}"
-        if "heavy_tail" in shares:
-            return f"usable; the stated error is optimistic for the {shares['heavy_tail']:.1%} with heavy tails."
-        if set(shares) == {"exact"}:
-            return "exact."
-        if set(shares) <= {"exact", "zero_variance"}:
-            return "all weights are equal: exact, if the guide covers the whole posterior."
-        return "no fault found; draws of one guide cannot show a mode that it misses."
+        return verdict(self.status, "log p(x)") + self.rounding
 
     def __repr__(self) -> str:
         khat = self.khat[~self.khat.isnan()]

@@ -19,6 +19,7 @@ from pyro_lvm.ops.pareto import (
     pareto_smooth,
     tail_size,
 )
+from pyro_lvm.ops.ratio import RatioAccumulator, RatioSummary
 from pyro_lvm.ops.running import RunningMoments
 from pyro_lvm.ops.status import DOUBTFUL, STATUSES, classify, status_names
 from pyro_lvm.ops.streaming import WeightAccumulator, WeightSummary
@@ -34,6 +35,8 @@ from pyro_lvm.ops.weights import (
 __all__ = [
     "DOUBTFUL",
     "STATUSES",
+    "RatioAccumulator",
+    "RatioSummary",
     "RunningMoments",
     "WeightAccumulator",
     "WeightMoments",

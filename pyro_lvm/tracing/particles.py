@@ -60,6 +60,12 @@ class Latent:
         value = self.value[k]
         return value.reshape(value.shape[layout.nesting - self.rank :])
 
+    def per_datum(self, layout: Layout) -> torch.Tensor:
+        """``(K, N, *other plates, *event)``; ``(K, *batch, *event)`` where no dimension holds the data."""
+        plates = layout.nesting - self.rank
+        value = self.value.reshape(self.value.shape[:1] + self.value.shape[1 + plates :])
+        return value if layout.dim is None else value.movedim(1 + self.rank + layout.dim, 1)
+
     def rows(self, index: slice, layout: Layout) -> "Latent":
         """Some of the data."""
         if layout.dim is None:

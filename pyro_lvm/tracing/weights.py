@@ -18,7 +18,7 @@ from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
 from pyro_lvm.tracing.sites import guide_sites, outside_data, outside_error
 from pyro_lvm.tracing.tables import Table
 
-__all__ = ["Proposal", "check_data", "elbo", "evaluation", "log_weights", "weight_table"]
+__all__ = ["Proposal", "check_data", "elbo", "evaluation", "log_weights", "weight_table", "weighted_draws"]
 
 
 class Proposal:
@@ -53,6 +53,11 @@ def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: in
 
     Masks count, scales (subsampling, annealing) do not. Enumerated sites are summed out.
     """
+    return weighted_draws(plan, model, proposal, num_particles)[0]
+
+
+def weighted_draws(plan: Plan, model: Model, proposal: Proposal, num_particles: int) -> tuple[Table, Draws]:
+    """`weight_table`, and the draws that it weighs: every latent of the model that is not summed out."""
     log_q, draws = proposal.draw(num_particles)
     log_joint, latents = plan.model_runner(model).run(proposal.batch, plan.model_mode, num_particles, draws)
     unproposed = latents.keys() - draws.keys() - {*plan.match.free, *plan.match.determined}
@@ -62,7 +67,7 @@ def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: in
             "for some latents or data only. Sample them in the guide whenever the model does."
         )
     weights = log_joint - log_q
-    return Table(weights.total.expand(num_particles, -1), weights.magnitude)
+    return Table(weights.total.expand(num_particles, -1), weights.magnitude), latents
 
 
 def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: int = 0) -> None:

@@ -1,0 +1,51 @@
+"""What the statuses of a record say in words: how many data have which, and what may be quoted."""
+
+import numpy as np
+
+from pyro_lvm._checks import warn_caller
+from pyro_lvm.errors import UnreliableEstimateWarning
+from pyro_lvm.ops import DOUBTFUL, STATUSES
+
+__all__ = ["doubt", "status_shares", "verdict", "warn_of_doubt"]
+
+_CURES = {
+    "unreliable": "More particles, or a guide that fits better.",
+    "no_support": "The model excludes what the guide proposes there.",
+    "nonfinite": "Look for NaN in data, parameters or densities.",
+}
+
+
+def status_shares(status: np.ndarray) -> dict[str, float]:
+    """Share of the data in each status that occurs, from the best to the worst."""
+    shares = {word: float((status == word).mean()) for word in STATUSES}
+    return {word: share for word, share in shares.items() if share}
+
+
+def doubt(status: np.ndarray) -> str:
+    """Words on the data whose value is not to be quoted; empty if there are none."""
+    shares = status_shares(status)
+    return ", ".join(f"{word} for {shares[word]:.1%}" for word in DOUBTFUL if word in shares)
+
+
+def verdict(status: np.ndarray, quantity: str) -> str:
+    """What may be said with estimates of a quantity that have these statuses, in a plain sentence."""
+    shares = status_shares(status)
+    if words := doubt(status):
+        cure = " ".join(_CURES[word] for word in DOUBTFUL if word in shares)
+        return f"not to be quoted as {quantity}: {words} of the data. {cure}"
+    if "heavy_tail" in shares:
+        return f"usable; the stated error is optimistic for the {shares['heavy_tail']:.1%} with heavy tails."
+    if set(shares) == {"exact"}:
+        return "exact."
+    if set(shares) <= {"exact", "zero_variance"}:
+        return "all weights are equal: exact, if the guide covers the whole posterior."
+    return "no fault found; draws of one guide cannot show a mode that it misses."
+
+
+def warn_of_doubt(record: str, status: np.ndarray, words: str) -> None:
+    """One warning if some data have no trustworthy value."""
+    counts = {word: int((status == word).sum()) for word in DOUBTFUL}
+    if any(counts.values()):
+        found = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        message = f"of {len(status)} data: {found}. See {record}.status and .khat; {words}"
+        warn_caller(message, UnreliableEstimateWarning)

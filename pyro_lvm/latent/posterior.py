@@ -1,0 +1,164 @@
+"""From data to latents: means of z and probabilities of y under the posterior, by weighted draws of the guide."""
+
+from typing import Any
+
+import torch
+
+from pyro_lvm._checks import refuse
+from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm.errors import PlateError
+from pyro_lvm.evidence import Expectation
+from pyro_lvm.evidence.expectation import Values, estimate
+from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
+from pyro_lvm.tracing.forward import class_table, classes, one_of
+from pyro_lvm.tracing.intercept import run
+from pyro_lvm.tracing.particles import Draws
+from pyro_lvm.tracing.probe import Plan
+from pyro_lvm.tracing.tables import Table
+
+__all__ = ["attribute", "encode"]
+
+
+def encode(
+    model: Model,
+    guide: Guide,
+    x: Data,
+    *args: Any,
+    site: str | None = None,
+    num_particles: int = 1000,
+    data_plate: DataPlate = "auto",
+    data_args: DataArgs = "auto",
+    vectorize: Vectorize = "auto",
+    chunks: Chunks = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Expectation:
+    """E[z | x] of a latent site: `expectation` of z itself.
+
+    Args:
+        model: generative program p(x, z).
+        guide: variational program q(z | x).
+        x: data ``(N, ...)``.
+        *args: further arguments of both programs; tensors with N rows go with x.
+        site: the latent; None for the only one that the guide draws.
+        num_particles: K; ``value`` weighs them to p(z | x), ``under_guide`` is the plain mean of q(z | x).
+        data_plate: as in `expectation`, like all that follow.
+        data_args: positions among ``args`` of those with one row per datum.
+        vectorize: ``False`` runs one particle at a time.
+        chunks: (data, particles) computed at once.
+        seed: forks the global random state.
+        device: where to compute.
+        progress: show a bar.
+
+    Returns:
+        `Expectation` with values ``(N, *event)``.
+
+    Raises:
+        SiteError: ``site`` is none that the guide draws, or None and there are several.
+
+    Example:
+        >>> from pyro_lvm.models import LinearGaussian
+        >>> model, x = LinearGaussian(2, 5), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+        >>> found = encode(model, model.posterior_guide, x, seed=0)
+        >>> (found.value - model.posterior(x).mean).abs().max() < 5 * found.stderr.max()
+        tensor(True)
+    """
+
+    def values(plan: Plan, _: Rows) -> Values:
+        name = one_of(site, plan.match.sampled, "latent sites that the guide draws")
+        return lambda batch, k, draws, table: draws[name].per_datum(plan.model_layout)
+
+    return estimate(
+        model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress
+    )
+
+
+def attribute(
+    model: Model,
+    guide: Guide | None,
+    x: Data,
+    *args: Any,
+    site: str | None = None,
+    num_particles: int = 1000,
+    data_plate: DataPlate = "auto",
+    data_args: DataArgs = "auto",
+    vectorize: Vectorize = "auto",
+    chunks: Chunks = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Expectation:
+    r"""p(y = k | x) of a discrete latent y with one value a datum.
+
+    .. math:: p(y = k \mid x) = E_{p(z \mid x)}\, p(y = k \mid x, z)
+              \approx \frac{\sum_j w_j\, p(y = k \mid x, z_j)}{\sum_j w_j}
+
+    where the guide leaves y to be summed out; where it draws y, the weighted share of the draws with y = k.
+
+    Args:
+        model: generative program p(x, y, z).
+        guide: variational program, q(z | x) or q(y, z | x); None where y is the only latent.
+        x: data ``(N, ...)``.
+        *args: further arguments of both programs; tensors with N rows go with x.
+        site: the discrete latent; None for the only one that is summed out, or else drawn.
+        num_particles: K; ``value`` weighs them to p(z | x), ``under_guide`` is the mean over q(z | x).
+        data_plate: as in `expectation`, like all that follow.
+        data_args: positions among ``args`` of those with one row per datum.
+        vectorize: ``False`` runs one particle at a time.
+        chunks: (data, particles) computed at once.
+        seed: forks the global random state.
+        device: where to compute.
+        progress: show a bar.
+
+    Returns:
+        `Expectation` with values ``(N, C)``, of the C values in the order of the distribution's support.
+
+    Raises:
+        SiteError: ``site`` is no latent, or None and there are several.
+        SupportError: the latent is not discrete, or has several values for each datum.
+        PlateError: ``data_plate=None``: a joint result has no value of y for each datum.
+
+    Example:
+        >>> from pyro_lvm.models import GaussianMixture
+        >>> mixture, x = GaussianMixture(3, 2), torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+        >>> found = attribute(mixture, None, x)
+        >>> (found.value - mixture.responsibilities(x)).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def values(plan: Plan, source: Rows) -> Values:
+        if plan.model_layout.plate is None:
+            raise PlateError(refuse("data_plate", "the plate that holds the data", None, "Leave it out."))
+        match = plan.match
+        there = (*match.enumerated, *match.sampled) if site else match.enumerated or match.sampled
+        name = one_of(site, there, "latent sites")
+        few = source.rows(slice(0, len(source) if plan.tied else 1))
+        support = classes(run(model, few.args)[name])  # (C, *event)
+        return _class_probs(plan, model, name, support) if name in match.enumerated else _shares(plan, name, support)
+
+    return estimate(
+        model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress
+    )
+
+
+def _class_probs(plan: Plan, model: Model, name: str, support: torch.Tensor) -> Values:
+    """p(y = k | x, z) at draws of z, ``(K, N, C)``."""
+
+    def values(batch: Batch, size: int, draws: Draws, table: Table) -> torch.Tensor:
+        given = {n: draws[n] for n in plan.match.sampled}
+        tables = [class_table(plan, model, batch, given, name, value, size).total for value in support]
+        return torch.stack([t.expand(size, -1) for t in tables], -1).double().softmax(-1)
+
+    return values
+
+
+def _shares(plan: Plan, name: str, support: torch.Tensor) -> Values:
+    """1 where a draw of y is the k-th value, else 0: ``(K, N, C)``."""
+
+    def values(batch: Batch, size: int, draws: Draws, table: Table) -> torch.Tensor:
+        drawn = draws[name].per_datum(plan.model_layout)  # (K, N, *event)
+        same = drawn.unsqueeze(2) == support.to(drawn.device)  # (K, N, C, *event)
+        return same.flatten(3).all(-1) if same.dim() > 3 else same
+
+    return values
