@@ -70,8 +70,22 @@ def save(model: Any, guide: Any, x: Any, path: Any = None) -> None:
     lvm.save((model, guide, x), path)  # type: ignore[arg-type]
 
 
+def expectation(model: Any, guide: Any, x: Any, fn: Any = lambda z: z, **options: Any) -> Any:
+    return lvm.expectation(model, guide, x, fn, **options)
+
+
+def decode(model: Any, x: Any, latents: Any = X, site: Any = None) -> Any:
+    """`latent.decode` with the latents last."""
+    return lvm.latent.decode(model, latents, x, site=site)
+
+
+def sample(model: Any, x: Any, num_samples: Any = 2, seed: Any = None) -> Any:
+    return lvm.latent.sample(model, x, num_samples, seed=seed)
+
+
 def options_of(function: Callable[..., Any]) -> Any:
-    return inspect.signature(lvm.compare if function is compare else function).parameters
+    own = {compare: lvm.compare, expectation: lvm.expectation}
+    return inspect.signature(own.get(function, function)).parameters
 
 
 STEPS = {"num_steps": [2, 0, -1, 1.5, "a"], "num_draws": INTEGERS, "learning_rate": [None, 0.1, 0, -1, "a", torch.nan]}
@@ -92,6 +106,12 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, list[Any]]] = {
     lvm.fit: TRAINING,
     compare: SAMPLING | {"reference": ANYTHING},
     lvm.check: {"loss": [*ANYTHING, Trace_ELBO(), Trace_ELBO]},
+    expectation: SAMPLING | {"fn": [*ANYTHING, lambda: X, lambda y: y, lambda z: z.sum(), torch.abs]},
+    lvm.latent.encode: SAMPLING | {"site": ANYTHING},
+    lvm.latent.attribute: SAMPLING | {"site": ANYTHING},
+    lvm.latent.reconstruct: {"num_draws": INTEGERS, "seed": SEEDS, "site": ANYTHING, "data_plate": ANYTHING},
+    decode: {"latents": [*DATA, *ANYTHING, {"z": X}, {"y": X}], "site": ANYTHING},
+    sample: {"num_samples": INTEGERS, "seed": SEEDS},
     load: {"path": ANYTHING},
     save: {"path": ANYTHING},
 }

@@ -93,6 +93,10 @@ RUNS: dict[str, Callable[[], Any]] = {
     "refine": refined,
     "latent_usage": lambda: objectives.latent_usage(*pair(), X, num_particles=5, seed=0),
     "gradient_snr": lambda: objectives.gradient_snr(*pair(), X, num_repeats=3, num_particles=3, seed=0),
+    "expectation": lambda: lvm.expectation(*pair(), X, lambda z: z, num_particles=50, seed=0, chunks=(7, 11)),
+    "attribute": lambda: lvm.latent.attribute(models.GaussianMixture(2, 6).initialize(X, 0), None, X),
+    "reconstruct": lambda: lvm.latent.reconstruct(*pair(), X, seed=0),
+    "sample": lambda: lvm.latent.sample(pair()[0], X, 5, seed=0),
     "check": lambda: str(lvm.check(*pair(), X)),
 }
 

@@ -54,11 +54,7 @@ def decode(
         rows = template(batch, len(next(iter(values.values()))))
         with evaluation_rng(0, [rows.args[0].device]):
             drawn = forward(model, rows)
-        for name, value in values.items():
-            if value.shape != drawn[name]["value"].shape:
-                expected = f"shape {tuple(drawn[name]['value'].shape)}, as the model draws it"
-                cure = "One row for each point; flatten a grid of points first."
-                raise ShapeError(refuse(f"latents[{name!r}]", expected, tuple(value.shape), cure))
+        values = {name: _fitting(name, value, drawn[name]["value"]) for name, value in values.items()}
         return forward(model, rows, values)[observed_site(run(model, rows.args), site)]["fn"]
 
 
@@ -74,6 +70,15 @@ def _given(model: Model, latents: Any, batch: Batch) -> dict[str, torch.Tensor]:
         cure = "Pass a dictionary from latent sites to values."
         raise SiteError(refuse("latents", f"values of some of {there}", unknown or "none", cure))
     return {name: data_tensor(f"latents[{name!r}]", value) for name, value in latents.items()}
+
+
+def _fitting(name: str, value: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """A latent of the shape that the model draws; whole numbers where that draws real ones are such."""
+    if value.shape != drawn.shape:
+        expected = f"shape {tuple(drawn.shape)}, as the model draws it"
+        cure = "One row for each point; flatten a grid of points first."
+        raise ShapeError(refuse(f"latents[{name!r}]", expected, tuple(value.shape), cure))
+    return value.to(drawn.dtype) if drawn.is_floating_point() and not value.is_floating_point() else value
 
 
 def reconstruct(

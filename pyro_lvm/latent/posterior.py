@@ -131,7 +131,7 @@ def attribute(
         if plan.model_layout.plate is None:
             raise PlateError(refuse("data_plate", "the plate that holds the data", None, "Leave it out."))
         match = plan.match
-        there = (*match.enumerated, *match.sampled) if site else match.enumerated or match.sampled
+        there = match.enumerated or match.sampled if site is None else (*match.enumerated, *match.sampled)
         name = one_of(site, there, "latent sites")
         few = source.rows(slice(0, len(source) if plan.tied else 1))
         support = classes(run(model, few.args)[name])  # (C, *event)

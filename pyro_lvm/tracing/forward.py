@@ -55,7 +55,7 @@ def one_of(site: str | None, there: Sequence[str], what: str) -> str:
     Raises:
         SiteError: it is not there, or is None and there are none or several.
     """
-    if site in there or (site is None and len(there) == 1):
+    if (isinstance(site, str) and site in there) or (site is None and len(there) == 1):
         return site or there[0]
     raise SiteError(refuse("site", f"one of the {what} {list(there)}", repr(site), "Name one with site=."))
 

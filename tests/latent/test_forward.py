@@ -31,6 +31,7 @@ def test_decode_is_the_likelihood(linear):
     assert p.sample().shape == (7, 5)
     assert not p.mean.requires_grad
     torch.testing.assert_close(decode(linear, {"z": z.numpy()}, X[:1].numpy()).mean, expected.mean)
+    assert torch.equal(decode(linear, torch.ones(2, 2).long(), X).mean, decode(linear, torch.ones(2, 2), X).mean)
 
 
 def test_arguments_go_with_their_rows_or_the_first_stands_for_all():
