@@ -19,7 +19,16 @@ import torch
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import CheckpointError
 
-__all__ = ["FORMAT", "numbers", "read_json", "read_tensors", "tensor_bytes", "write_json", "write_tensors"]
+__all__ = [
+    "FORMAT",
+    "in_place_of",
+    "numbers",
+    "read_json",
+    "read_tensors",
+    "tensor_bytes",
+    "write_json",
+    "write_tensors",
+]
 
 Record = TypeVar("Record")
 PathLike = str | os.PathLike[str]
@@ -29,7 +38,7 @@ FORMAT = 1
 
 
 @contextmanager
-def _in_place_of(path: PathLike, mode: str) -> Iterator[IO[Any]]:
+def in_place_of(path: PathLike, mode: str) -> Iterator[IO[Any]]:
     """A new file that takes the name ``path`` once all of it is on disk; until then the old one keeps it."""
     temporary = Path(f"{os.fspath(path)}.tmp")
     try:
@@ -83,7 +92,7 @@ def write_json(path: PathLike, kind: str, content: Mapping[str, Any]) -> None:
     document = {"kind": kind, "format": FORMAT} | _worded(content)
     document["sha256"] = _json_digest(document)
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
-    with _in_place_of(path, "w") as file:
+    with in_place_of(path, "w") as file:
         file.write(f"{{\n{text}\n}}\n")
 
 
@@ -132,7 +141,7 @@ def write_tensors(path: PathLike, kind: str, content: Mapping[str, Any]) -> None
     """
     document = {"kind": kind, "format": FORMAT} | _plain(content, "")
     document["sha256"] = _tensor_digest(document)
-    with _in_place_of(path, "wb") as file:
+    with in_place_of(path, "wb") as file:
         torch.save(document, file)
 
 

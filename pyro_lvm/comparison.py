@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +62,14 @@ class ComparisonRow:
     def bias(self) -> float:
         """Estimated bias of `log_marginal`."""
         return sum(run.mean_bias for run in self.runs) / len(self.runs)
+
+    @property
+    def quoted(self) -> str:
+        """`log_marginal` as it may be written: with its error, with its bias where a +- would hide that, or alone."""
+        if self.stderr == 0:
+            return f"{self.log_marginal:.3f}"
+        hidden = not abs(self.bias) <= 0.25 * self.stderr
+        return f"{self.log_marginal:.3f} " + (f"(bias {self.bias:.1g})" if hidden else f"+- {self.stderr:.1g}")
 
     @property
     def spread(self) -> float:
@@ -133,13 +140,10 @@ class Comparison:
     def _cells(self, row: ComparisonRow, seeds: bool, memory: bool) -> tuple[str, ...]:
         difference, error = self.difference(row.name)
         ess = torch.cat([run.ess / run.num_particles for run in row.runs]).median()
-        exact = row.stderr == 0
-        hidden = not exact and not abs(row.bias) <= 0.25 * row.stderr  # a +- would hide the bias
-        quoted = "" if exact else f" (bias {row.bias:.1g})" if hidden else f" +- {row.stderr:.1g}"
         cells = [
             row.name,
             f"{row.elbo:.3f}",
-            f"{row.log_marginal:.3f}{quoted}",
+            row.quoted,
             "" if row is self.rows[0] else f"{difference:.3f} +- {error:.2g}",
             f"{round(self.gap(row.name), 3) + 0.0:.3f}",  # no minus zero
             "/".join(str(k) for k in sorted({run.num_particles for run in row.runs})),
@@ -163,14 +167,29 @@ class Comparison:
         """The table in Markdown."""
         return self.table.to_markdown()
 
-    def to_html(self, path: str | Path) -> None:
-        """Write one self-contained page."""
-        style = (
-            "body{font-family:sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:right}"
-            "td:first-child,th:first-child{text-align:left}"
-        )
-        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{style}</style>'
-        Path(path).write_text(f"{page}<body>{self.table.to_html()}</body></html>", encoding="utf-8")
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page with what may be quoted, the table, the pictures, and where each number comes from.
+
+        The page is one file without script or links to a network; over what was there, whole or not at all.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            DataTypeError: ``path`` is no path.
+            CheckpointError: no file can be written there, e.g. for there is no such folder.
+
+        Example:
+            >>> import pathlib, tempfile, torch, pyro_lvm as lvm
+            >>> result = lvm.compare({"exact": (lvm.models.LinearGaussian(1, 2), None)}, torch.ones(5, 2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     result.to_html(f"{folder}/page.html")
+            ...     pathlib.Path(folder, "page.html").read_text(encoding="utf-8").count("<svg")
+            4
+        """
+        from pyro_lvm.report import write_page
+
+        write_page(path, self)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Numbers, one row a pair, in their rank."""
@@ -223,7 +242,7 @@ class Comparison:
         return to_arviz(self.to_datatree())
 
     def plot(self) -> "Figure":
-        """ELBO and log p-hat of each row with the paired error of its score, beside the shares of each status."""
+        """All panels of `plots.comparison`: bounds, paired differences, gaps, and the shares of each status."""
         from pyro_lvm.plots import comparison
 
         return comparison(self)

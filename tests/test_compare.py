@@ -131,7 +131,7 @@ def test_doubt_is_a_note_and_no_warning_a_row():
 def test_markdown_html_pandas(result, tmp_path):
     assert result.to_markdown().startswith("| pair | ELBO |")
     result.to_html(tmp_path / "page.html")
-    assert "<td>exact</td>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<th scope="row">exact</th>' in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<table>" in result._repr_html_()
     frame = result.to_pandas()
     assert list(frame.index) == ["exact", "wide", "off"]

@@ -192,7 +192,10 @@ class _Integrand:
             step = 2 / (_COARSE[self.dim] - 1)
             low = torch.where(low <= -1, -3.0, low - step)
             high = torch.where(high >= 1, 3.0, high + step)
-            if bool((((high - low) / 2 - 1).abs() < 0.1).all()):
+            settled = ((low + 1).abs() < max(0.1, step)) & (
+                (high - 1).abs() < max(0.1, step)
+            )  # both ends, not the size
+            if bool(settled.all()):
                 break
             box = box.cut(low, high)
         return box, values

@@ -165,6 +165,41 @@ def test_quadrature_is_the_closed_form(latent_dim, scale):
     assert bool((result.stderr < 1e-6).all())
 
 
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+def test_quadrature_follows_the_posterior_to_data_far_away(latent_dim):
+    """While the box moves there, its size may stay: z ~ N(0, I), x | z ~ N(z, s^2 I), so that x ~ N(0, (1 + s^2) I)."""
+    scale = torch.tensor(0.7, dtype=torch.float64)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(latent_dim), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    x = torch.tensor([0.0, 5.0, -40.0, 100.0], dtype=torch.float64)[:, None].expand(4, latent_dim)
+    found = quadrature(model, x)
+    expected = dist.Normal(x.new_zeros(()), (1 + scale**2).sqrt()).log_prob(x).sum(-1)
+    torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-5)
+    assert set(found.status) == {"exact"}
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_quadrature_over_a_mixture_of_torch_s_own(bounded):
+    def model(x: torch.Tensor) -> None:
+        probs, loc = dist.Categorical(x.new_ones(2)), x.new_tensor([1.0, 3.0])
+        parts = dist.Gamma(loc, 1.0) if bounded else dist.Normal(loc, 0.5)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MixtureSameFamily(probs, parts))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    if bounded and hasattr(torch.distributions.mixture_same_family, "MixtureSameFamilyConstraint"):
+        with pytest.raises(SupportError, match="'z': expected a support with a bijection"):
+            quadrature(model, x)
+    elif not bounded:
+        expected = dist.Normal(x.new_tensor([1.0, 3.0]), 1.25**0.5).log_prob(x[:, None]).exp().mean(1).log()
+        torch.testing.assert_close(quadrature(model, x).value, expected, rtol=0, atol=1e-7)
+
+
 def test_quadrature_of_the_lecture_s_two_modes():
     """z ~ N(0, 4^2), x | z ~ N(z + 0.85 exp(-z / 2), 1), x = 2.5: log p(x) by an independent fine sum."""
 
