@@ -11,6 +11,7 @@ Beside it, a Gaussian mixture on 20 principal components. The objective has many
 """
 
 import argparse
+from dataclasses import astuple
 from functools import partial
 
 import numpy as np
@@ -20,12 +21,13 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
-from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
+from sklearn.metrics import confusion_matrix
 from sklearn.mixture import GaussianMixture
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LinearLR
 
 import pyro_lvm as lvm
+from pyro_lvm.latent import cluster_scores
 from pyro_lvm.models import DeepGaussian, GaussianMixtureVAE, likelihoods
 from pyro_lvm.nn import MLP
 
@@ -49,14 +51,14 @@ def main() -> None:
     for seed in range(args.seed, args.seed + args.seeds):
         model, q, bound = train(x, seed, epochs=(2, 2) if args.smoke else (250, 80))
         cluster = model.component_probs(q, args.particles, seed).argmax(1).numpy()
-        scores.append(score(digit, cluster))
+        scores.append(astuple(cluster_scores(cluster, digit)))
         print(f"seed {seed:<5}" + "".join(f"{value:10.3f}" for value in (*scores[-1], bound)), flush=True)
     if args.seeds > 1:
         print("mean      " + "".join(f"{value:10.3f}" for value in np.mean(scores, 0)))
         print("std. dev. " + "".join(f"{value:10.3f}" for value in np.std(scores, 0, ddof=1)))
     mixture = GaussianMixture(10, n_init=10, random_state=args.seed)
     linear = mixture.fit_predict(PCA(20, random_state=args.seed).fit_transform(data.data))
-    print("PCA, GMM  " + "".join(f"{value:10.3f}" for value in score(digit, linear)))
+    print("PCA, GMM  " + "".join(f"{value:10.3f}" for value in astuple(cluster_scores(linear, digit))))
     draw(model, x, digit, cluster).savefig(args.picture, dpi=120)
     print(f"picture: {args.picture}")
 
@@ -82,13 +84,6 @@ def train(
     result = lvm.fit(model, guide, x, optim=partial(Adam, lr=5e-4), num_epochs=epochs[1], seed=seed)
     with torch.no_grad():
         return model, guide.distribution(x), -float(result.losses[-15:].mean())
-
-
-def score(digit: np.ndarray, cluster: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy after the best matching, normalised mutual information, adjusted Rand index."""
-    counts = confusion_matrix(digit, cluster)
-    matched = counts[linear_sum_assignment(-counts)].sum() / len(digit)
-    return matched, normalized_mutual_info_score(digit, cluster), adjusted_rand_score(digit, cluster)
 
 
 def draw(model: GaussianMixtureVAE, x: torch.Tensor, digit: np.ndarray, cluster: np.ndarray) -> Figure:

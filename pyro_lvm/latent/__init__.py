@@ -5,7 +5,7 @@
 points to decode.
 """
 
-from pyro_lvm.latent.clusters import Clustering, ClusterScores, cluster
+from pyro_lvm.latent.clusters import Clustering, ClusterScores, cluster, cluster_scores
 from pyro_lvm.latent.forward import decode, reconstruct, sample
 from pyro_lvm.latent.paths import attribute_vector, interpolate, traverse
 from pyro_lvm.latent.posterior import attribute, encode
@@ -16,6 +16,7 @@ __all__ = [
     "attribute",
     "attribute_vector",
     "cluster",
+    "cluster_scores",
     "decode",
     "encode",
     "interpolate",

@@ -12,7 +12,7 @@ from pyro_lvm.evidence import Expectation
 from pyro_lvm.latent.posterior import attribute
 from pyro_lvm.tracing.batch import DataArgs
 
-__all__ = ["ClusterScores", "Clustering", "cluster"]
+__all__ = ["ClusterScores", "Clustering", "cluster", "cluster_scores"]
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,57 @@ class Clustering:
             ShapeError: there is not one class for each datum.
             DataTypeError: the classes are no integers from 0 on.
         """
-        known = self._checked(classes)
-        counts = torch.zeros(self.probs.shape[1], int(known.max()) + 1, dtype=torch.long)
-        ones = torch.ones(len(known), dtype=torch.long)
-        return counts.index_put_((self.labels.cpu(), known), ones, accumulate=True)
+        return _table(self.labels, classes, self.probs.shape[1])
 
     def scores(self, classes: TensorLike) -> ClusterScores:
-        """Accuracy after the best matching, normalised mutual information and adjusted Rand index.
+        """`cluster_scores` of the labels."""
+        return cluster_scores(self.labels, classes)
 
-        Args:
-            classes: of the data, ``(N,)`` integers from 0 on. They choose nothing but the matching.
-        """
-        from scipy.optimize import linear_sum_assignment
-        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-        counts, known = self.table(classes).numpy(), self._checked(classes).numpy()
-        matched = counts[linear_sum_assignment(-counts)].sum() / len(known)
-        labels = self.labels.cpu().numpy()
-        nmi, ari = normalized_mutual_info_score(known, labels), adjusted_rand_score(known, labels)
-        return ClusterScores(float(matched), float(nmi), float(ari))
+def cluster_scores(labels: TensorLike, classes: TensorLike) -> ClusterScores:
+    """Accuracy after the best matching, normalised mutual information and adjusted Rand index.
 
-    def _checked(self, classes: TensorLike) -> torch.Tensor:
-        known = data_tensor("classes", classes).cpu()
-        if known.shape != (len(self.probs),):
-            cure = "Pass one class for each datum."
-            raise ShapeError(refuse("classes", f"shape ({len(self.probs)},)", tuple(known.shape), cure))
-        if known.is_floating_point() or bool((known < 0).any()):
-            raise DataTypeError(refuse("classes", "integers from 0 on", known.dtype, "Pass classes.long()."))
-        return known.long()
+    Args:
+        labels: cluster of each datum, ``(N,)`` integers from 0 on.
+        classes: what they are compared with, ``(N,)`` integers from 0 on.
+
+    Raises:
+        ShapeError: there is not one class for each datum.
+        DataTypeError: labels or classes are no integers from 0 on.
+
+    Source: scikit-learn for the last two.
+
+    Example:
+        >>> cluster_scores(torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, 0])).accuracy
+        0.75
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    counts = _table(labels, classes).numpy()
+    matched = counts[linear_sum_assignment(-counts)].sum() / counts.sum()
+    found, known = _integers("labels", labels).numpy(), _integers("classes", classes).numpy()
+    nmi, ari = normalized_mutual_info_score(known, found), adjusted_rand_score(known, found)
+    return ClusterScores(float(matched), float(nmi), float(ari))
+
+
+def _table(labels: TensorLike, classes: TensorLike, num_clusters: int = 0) -> torch.Tensor:
+    """Counts of pairs, ``(number of clusters, number of classes)``."""
+    found, known = _integers("labels", labels), _integers("classes", classes)
+    if known.shape != found.shape:
+        cure = "Pass one class for each datum."
+        raise ShapeError(refuse("classes", f"shape {tuple(found.shape)}", tuple(known.shape), cure))
+    counts = torch.zeros(max(num_clusters, int(found.max()) + 1), int(known.max()) + 1, dtype=torch.long)
+    return counts.index_put_((found, known), torch.ones_like(known), accumulate=True)
+
+
+def _integers(argument: str, value: TensorLike) -> torch.Tensor:
+    found = data_tensor(argument, value).cpu()
+    if found.is_floating_point() or bool((found < 0).any()):
+        raise DataTypeError(refuse(argument, "integers from 0 on", found.dtype, f"Pass {argument}.long()."))
+    if found.dim() != 1:
+        raise ShapeError(refuse(argument, "shape (N,)", tuple(found.shape), "Pass one for each datum."))
+    return found.long()
 
 
 def cluster(

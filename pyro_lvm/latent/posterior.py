@@ -94,7 +94,8 @@ def attribute(
     .. math:: p(y = k \mid x) = E_{p(z \mid x)}\, p(y = k \mid x, z)
               \approx \frac{\sum_j w_j\, p(y = k \mid x, z_j)}{\sum_j w_j}
 
-    where the guide leaves y to be summed out; where it draws y, the weighted share of the draws with y = k.
+    where the guide leaves y to be summed out, at the cost of one run of the model for each of its values; where the
+    guide draws y, the weighted share of the draws with y = k.
 
     Args:
         model: generative program p(x, y, z).
