@@ -98,7 +98,7 @@ def data_tensor(argument: str, value: Any, device: torch.device | str | None = N
         ShapeError: no first dimension, no data, or nothing but NaN.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "buif":
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        value = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))  # which makes a number a row
     if not isinstance(value, torch.Tensor):
         cure = "Pass a torch.Tensor or a numeric NumPy array of shape (N, ...)."
         raise DataTypeError(refuse(argument, "a tensor", type(value).__name__, cure))

@@ -79,11 +79,11 @@ class Step(Transform):
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool] | None = None  # u, z, log det, gradients
 
     def forwards(self, u: torch.Tensor) -> Pass:
-        """z ``(..., N, L)`` and log |det dz/du| ``(..., N)``."""
+        """z ``(..., N, L)`` and ``log |det dz/du|``, ``(..., N)``."""
         raise NotImplementedError
 
     def backwards(self, z: torch.Tensor) -> Pass:
-        """u ``(..., N, L)`` and log |det dz/du| ``(..., N)``."""
+        """u ``(..., N, L)`` and ``log |det dz/du|``, ``(..., N)``."""
         raise NotImplementedError
 
     @property
@@ -94,7 +94,7 @@ class Step(Transform):
         return inverse
 
     def log_abs_det_jacobian(self, u: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """log |det dz/du| at u, ``(..., N)``."""
+        """``log |det dz/du|`` at u, ``(..., N)``."""
         last = self._remembered(0, u)
         return self.forwards(u)[1] if last is None else last[2]
 

@@ -183,16 +183,6 @@ def test_what_is_not_resolved() -> None:
     assert names == {("mean-field", "ELBO"), ("mean-field", "IW-5"), ("spline flow", "ELBO")}
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pyro_lvm.UnreliableEstimateWarning")  # it shows what to do then
-def test_python_blocks_run_in_order() -> None:
-    namespace: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "how_to_choose.md", "exec"), namespace)
-
-
 def test_every_file_that_it_names_exists() -> None:
     paths = re.findall(r"(?:examples|tests|benchmarks|docs)/[\w/]+\.\w+", DOCS)
     assert paths

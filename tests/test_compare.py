@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -271,3 +272,15 @@ def test_densities_beside_probabilities_are_pointed_out():
     assert "['masked', 'bits'] hold probabilities of discrete data, ['flow'] densities" in notes
     del rows["flow"]
     assert "densities" not in "\n".join(lvm.compare(rows, x).notes)
+
+
+def test_rounding_of_large_densities_is_no_elbo_above_the_reference():
+    """In float32 a log-density of a thousand nats is known to 1e-4; an exact row differs from itself by no more."""
+    linear = lvm.models.LinearGaussian(1, 2)
+    reference = lvm.compare({"exact": (linear, None)}, torch.zeros(4, 2)).rows[0].runs[0]
+    value = torch.full((4,), 1000.0, dtype=torch.float64)
+    exact = replace(reference, value=value, elbo=value)
+    for above, said in ((1e-4, False), (0.01, True)):
+        row = replace(exact, elbo=value + above)
+        notes = " ".join(lvm.compare({"exact": row}, torch.zeros(4, 2), reference=exact).notes)
+        assert ("above" in notes) is said

@@ -73,7 +73,7 @@ class NormalizingFlow(nn.Module):
         return log_det - 0.5 * (u.square().sum(-1) + self.data_dim * math.log(2 * math.pi))
 
     def to_base(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """u of x, both ``(..., D)``, and log |det du/dx|, ``(...)``."""
+        """u of x, both ``(..., D)``, and ``log |det du/dx|``, ``(...)``."""
         self._check(x)
         u = (x - self.loc) * (-self.log_scale).exp()
         log_det = -self.log_scale.sum().expand(u.shape[:-1])

@@ -95,7 +95,7 @@ def fit(
         device: where batches are moved to.
         progress: show a bar; None shows one in a terminal.
         callbacks: functions of the `TrainingState`, called after each epoch, or objects with any of the methods
-            ``on_start``, ``on_step``, ``on_epoch``, ``on_end``; see `pyro_lvm.training.callbacks`.
+            ``on_start``, ``on_step``, ``on_epoch``, ``on_end``; see `pyro_lvm.callbacks`.
         resume: the file of a `callbacks.Checkpoint`. If it is there, the run goes on from it, up to ``num_epochs`` or
             ``num_steps`` in all, and ends as it would have ended without a break: to the last bit on one machine, with
             ``compile`` up to rounding. If it is not, the run begins. Call `fit` as that run did, with ``callbacks``

@@ -41,8 +41,8 @@ def best_of(
 
     Returns:
         The `FitResult` of the best run; its ``notes`` end with the seed and the final losses of all. A final loss is
-        the mean over the last steps, as many as an epoch has (see `final_loss`); a run that ended because too many
-        steps were not finite comes last.
+        the mean over the last steps, as many as an epoch has; a run that ended because too many steps were not finite
+        comes last.
 
     Raises:
         DataTypeError: ``train`` is not callable or returns something else than a `FitResult`.
