@@ -64,14 +64,16 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    found = np.load(path, allow_pickle=False)
+    with open(path, "rb") as file:
+        found = np.load(file, allow_pickle=False)
     if not isinstance(found, np.ndarray):  # an archive with another ending
         raise ValueError("not one array")
     return found
 
 
 def _read_npz(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, "rb") as file:
+        archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise ValueError("not an archive")
         name = "x" if "x" in archive.files else archive.files[0] if len(archive.files) == 1 else None
