@@ -5,7 +5,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-import pyro_lvm as lvm
 from pyro_lvm.errors import PlateError, ShapeError, SiteError, SupportError
 from pyro_lvm.latent import decode, reconstruct, sample
 from pyro_lvm.models import GaussianMixture, HierarchicalGaussian, LinearGaussian
@@ -165,4 +164,3 @@ def test_nothing_outside_changes(linear):
     assert linear.training
     assert torch.equal(state, torch.random.get_rng_state())
     assert len(pyro.get_param_store()) == 0
-    assert lvm.latent.decode is decode

@@ -1,7 +1,5 @@
 """Paths in the latent space: what their points are, to rounding."""
 
-import math
-
 import pytest
 import torch
 
@@ -84,4 +82,3 @@ ZERO, ONE = torch.zeros(2), torch.tensor([1.0, 0.0])
 def test_what_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
-    assert math.isfinite(float(ONE.sum()))
