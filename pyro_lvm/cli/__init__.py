@@ -19,6 +19,7 @@ from pyro_lvm.cli import check, compare, evaluate, plot, train
 from pyro_lvm.cli.arguments import parse
 from pyro_lvm.cli.own import current_folder_importable
 from pyro_lvm.errors import PyroLVMError, UnreliableEstimateWarning
+from pyro_lvm.ops.memory import ran_out_of_memory
 
 __all__ = ["main"]
 
@@ -31,7 +32,6 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
 }
 
 _REFUSED, _INTERRUPTED, _CLOSED = 2, 130, 141
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED
     except Exception as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        if ran_out_of_memory(error):
             print(f"{said}: error: memory: not enough for a pair or data as large as these.", file=sys.stderr)
             return _REFUSED
         traceback.print_exc()  # of code of the user's own

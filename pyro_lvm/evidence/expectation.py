@@ -13,21 +13,21 @@ from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError, SiteError
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.job import Job
+from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.verdict import status_shares, verdict, warn_of_doubt
 from pyro_lvm.ops import RatioAccumulator, RatioSummary, WeightSummary, status_names
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.particles import Draws
-from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
+from pyro_lvm.tracing.probe import Plan, empty_guide
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import Proposal, evaluation, weighted_draws
 
 __all__ = ["Expectation", "Values", "estimate", "expectation"]
 
-#: Values of f ``(k, N, ...)`` at k draws of some data, from the draws and their weights.
-Values = Callable[[Batch, int, Draws, Table], torch.Tensor]
+#: Values of f ``(k, N, ...)`` at k draws of some data.
+Values = Callable[[Batch, int, Draws], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +46,7 @@ class Expectation:
         khat: Pareto tail index of the weights, ``(N,)``. An f that is not bounded may have a heavier tail of its own.
         status: of the weights, as in `LogMarginal`, ``(N,)``.
         num_particles: K.
-        provenance: seed, dtype, device, versions, chunk sizes; ``sha256`` of the data.
+        provenance: seed, dtype, device, versions, chunk sizes; ``sha256`` of data and parameters.
     """
 
     value: torch.Tensor
@@ -154,7 +154,7 @@ def expectation(
 
     def values(plan: Plan, _: Rows) -> Values:
         wanted = _wanted(fn, plan)
-        return lambda batch, k, draws, table: _called(fn, wanted, plan, batch, k, draws)
+        return lambda batch, k, draws: _called(fn, wanted, plan, batch, k, draws)
 
     return estimate(
         model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress
@@ -183,17 +183,17 @@ def estimate(
     guide = guide or empty_guide
     devices = [device_of(source)]
     with evaluation(model, guide), torch.no_grad():
+        plan, pair = look(model, guide, source, data_plate, vectorize)
         with evaluation_rng(0, devices):
-            plan = probe_pair(model, guide, source, data_plate, vectorize)
             of = values(plan, source)
         num_particles = 1 if plan.exact else num_particles
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
         sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
-        job = _MeansJob(plan, Tables(plan, model, guide), source, num_particles, sizes, columns, values=of)
+        job = _MeansJob(plan, pair, Tables(plan, model, guide), source, num_particles, sizes, columns, values=of)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    record = job.record(provenance | {"sha256": {"data": job.digest.hexdigest()}} | job.provenance())
+    record = job.record(provenance | job.provenance())
     warn_of_doubt("Expectation", record.status, record.verdict)
     return record
 
@@ -212,7 +212,7 @@ class _MeansJob(Job):
 
         def draw(num_particles: int) -> Table:
             table, draws = weighted_draws(self.plan, model, proposal, num_particles)
-            self.ratio.update(table.total, self.values(batch, num_particles, draws, table))
+            self.ratio.update(table.total, self.values(batch, num_particles, draws))
             return table
 
         return draw

@@ -12,7 +12,7 @@ from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.closed_form import closed_form
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.job import Job
+from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.resume import Checkpoint, fingerprint
@@ -20,9 +20,8 @@ from pyro_lvm.evidence.verdict import warn_of_doubt
 from pyro_lvm.ops import STATUSES
 from pyro_lvm.tracing.batch import DataArgs
 from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
-from pyro_lvm.tracing.digest import parameter_digest
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
-from pyro_lvm.tracing.probe import PROBE_ROWS, empty_guide, probe_pair
+from pyro_lvm.tracing.probe import empty_guide
 from pyro_lvm.tracing.weights import evaluation
 
 __all__ = ["importance"]
@@ -122,12 +121,8 @@ def importance(
     guide = guide or empty_guide
     devices = [device_of(source)]
     provenance: dict[str, Any] = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    names = {"model": _name(model), "guide": _name(guide)}
     with evaluation(model, guide), torch.no_grad():
-        with evaluation_rng(0, devices):
-            plan = probe_pair(model, guide, source, data_plate, vectorize)
-            few = source.rows(slice(0, len(source) if plan.tied else PROBE_ROWS))
-            parameters = parameter_digest(model, guide, few)
+        plan, pair = look(model, guide, source, data_plate, vectorize)
         num_particles = 1 if plan.exact else num_particles
         sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
@@ -139,7 +134,7 @@ def importance(
                 "seed": seed,
                 "device": devices[0],
             }
-            options |= names | {"model_dtype": model_dtype, "parameters": parameters}
+            options |= pair | {"model_dtype": model_dtype}
             known = fingerprint(plan, model, guide, source, options)
             checkpoint = Checkpoint(resume, known, columns, devices[0])
             provenance["resumed_at"] = checkpoint.resumed_at
@@ -147,11 +142,10 @@ def importance(
             provenance["model_dtype"] = rounding(plan, model, guide, source, model_dtype)
             model = in_half(model, model_dtype)
         tables = CapturedTables(plan, model, guide) if compile else Tables(plan, model, guide)
-        job = Job(plan, tables, source, num_particles, sizes, columns, checkpoint)
+        job = Job(plan, pair, tables, source, num_particles, sizes, columns, checkpoint)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
-    sha256 = {"parameters": parameters, "data": job.digest.hexdigest()}
-    record = _record(job, provenance | names | {"sha256": sha256})
+    record = _record(job, provenance)
     warn_of_doubt("LogMarginal", record.status, record.verdict)
     return record
 
@@ -178,7 +172,3 @@ def _record(job: Job, provenance: dict[str, Any]) -> LogMarginal:
         method=method,
         provenance=provenance | job.provenance(),
     )
-
-
-def _name(program: Any) -> str:
-    return str(getattr(program, "__qualname__", type(program).__name__))

@@ -7,19 +7,37 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import shown
+from pyro_lvm._typing import DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import versions
 from pyro_lvm.evidence.columns import Columns
+from pyro_lvm.evidence.data import device_of
 from pyro_lvm.evidence.resume import Checkpoint, Progress
 from pyro_lvm.ops import WeightAccumulator, WeightSummary
-from pyro_lvm.ops.memory import keep_freed_memory
+from pyro_lvm.ops.memory import keep_freed_memory, ran_out_of_memory
 from pyro_lvm.tracing.batch import Batch, Rows
 from pyro_lvm.tracing.captured_weights import Tables
-from pyro_lvm.tracing.digest import DataDigest
-from pyro_lvm.tracing.probe import Plan
+from pyro_lvm.tracing.digest import DataDigest, parameter_digest
+from pyro_lvm.tracing.isolation import evaluation_rng
+from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import check_data
 
-__all__ = ["Job"]
+__all__ = ["Job", "look"]
+
+
+def look(
+    model: Model, guide: Guide, source: Rows, data_plate: DataPlate, vectorize: Vectorize
+) -> tuple[Plan, dict[str, str]]:
+    """How a pair runs, and what it is: the names of its programs and the digest of its parameters."""
+    with evaluation_rng(0, [device_of(source)]):
+        plan = probe_pair(model, guide, source, data_plate, vectorize)
+        few = source.rows(slice(0, len(source) if plan.tied else PROBE_ROWS))
+        parameters = parameter_digest(model, guide, few)
+    return plan, {"model": _name(model), "guide": _name(guide), "parameters": parameters}
+
+
+def _name(program: Any) -> str:
+    return str(getattr(program, "__qualname__", type(program).__name__))
 
 
 @dataclass
@@ -28,6 +46,7 @@ class Job:
 
     Attributes:
         plan: how the pair runs.
+        pair: what it is, see `look`.
         tables: draws the weights.
         source: the data.
         num_particles: K.
@@ -39,6 +58,7 @@ class Job:
     """
 
     plan: Plan
+    pair: dict[str, str]
     tables: Tables
     source: Rows
     num_particles: int
@@ -87,8 +107,11 @@ class Job:
         self.columns.add(summary)
 
     def provenance(self) -> dict[str, Any]:
-        """How the estimate was made."""
-        return {
+        """What was estimated, and how."""
+        names = {name: self.pair[name] for name in ("model", "guide")}
+        digests = {"parameters": self.pair["parameters"], "data": self.digest.hexdigest()}
+        return names | {
+            "sha256": digests,
             "num_data": len(self.source),
             "finished": self.columns.done == len(self.columns),
             "dtype": self.dtype,
@@ -125,8 +148,7 @@ class Job:
 
     def _shrink(self, error: Exception) -> None:
         """Halve what is computed at once after running out of memory; any other error passes."""
-        words = ("out of memory", "can't allocate memory", "not enough memory")
         data, particles = self.chunks
-        if not (isinstance(error, MemoryError) or any(word in str(error) for word in words)) or data * particles == 1:
+        if not ran_out_of_memory(error) or data * particles == 1:
             raise error
         self.chunks = (data, particles // 2) if particles > 1 else (data // 2, 1)

@@ -8,9 +8,10 @@ import torch
 from pyro_lvm._checks import check_positive_int, check_program, data_tensor, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike
 from pyro_lvm.errors import ShapeError, SiteError, SupportError
-from pyro_lvm.tracing.batch import Batch, make_batch
-from pyro_lvm.tracing.forward import forward, has_values, observed_site, one_of, summed_out_values, template
-from pyro_lvm.tracing.intercept import is_latent, run
+from pyro_lvm.tracing.batch import make_batch
+from pyro_lvm.tracing.classes import summed_out_values
+from pyro_lvm.tracing.forward import forward, has_values, observed_site, one_of, template
+from pyro_lvm.tracing.intercept import Trace, is_latent, run
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import empty_guide, probe_pair
 from pyro_lvm.tracing.weights import evaluation
@@ -50,18 +51,17 @@ def decode(
     check_program("model", model)
     batch = make_batch(data_tensor("x", x), args)
     with evaluation(model, None), torch.no_grad(), validation(False):
-        values = _given(model, latents, batch)
-        rows = template(batch, len(next(iter(values.values()))))
-        with evaluation_rng(0, [rows.args[0].device]):
+        with evaluation_rng(0, [batch.args[0].device]):
+            trace = run(model, batch.args)
+            values, name = _given(trace, latents), observed_site(trace, site)
+            rows = template(batch, len(next(iter(values.values()))))
             drawn = forward(model, rows)
-        values = {name: _fitting(name, value, drawn[name]["value"]) for name, value in values.items()}
-        return forward(model, rows, values)[observed_site(run(model, rows.args), site)]["fn"]
+        values = {latent: _fitting(latent, value, drawn[latent]["value"]) for latent, value in values.items()}
+        return forward(model, rows, values)[name]["fn"]
 
 
-def _given(model: Model, latents: Any, batch: Batch) -> dict[str, torch.Tensor]:
+def _given(trace: Trace, latents: Any) -> dict[str, torch.Tensor]:
     """The values by site."""
-    with evaluation_rng(0, [batch.args[0].device]):
-        trace = run(model, batch.args)
     there = [name for name, site in trace.items() if is_latent(site)]
     if not isinstance(latents, Mapping):
         latents = {one_of(None, there, "latent sites"): latents}

@@ -10,11 +10,11 @@ from pyro_lvm.errors import PlateError
 from pyro_lvm.evidence import Expectation
 from pyro_lvm.evidence.expectation import Values, estimate
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
-from pyro_lvm.tracing.forward import class_table, classes, one_of
+from pyro_lvm.tracing.classes import class_table, classes
+from pyro_lvm.tracing.forward import one_of
 from pyro_lvm.tracing.intercept import run
 from pyro_lvm.tracing.particles import Draws
 from pyro_lvm.tracing.probe import Plan
-from pyro_lvm.tracing.tables import Table
 
 __all__ = ["attribute", "encode"]
 
@@ -67,7 +67,7 @@ def encode(
 
     def values(plan: Plan, _: Rows) -> Values:
         name = one_of(site, plan.match.sampled, "latent sites that the guide draws")
-        return lambda batch, k, draws, table: draws[name].per_datum(plan.model_layout)
+        return lambda batch, k, draws: draws[name].per_datum(plan.model_layout)
 
     return estimate(
         model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress
@@ -146,7 +146,7 @@ def attribute(
 def _class_probs(plan: Plan, model: Model, name: str, support: torch.Tensor) -> Values:
     """p(y = k | x, z) at draws of z, ``(K, N, C)``."""
 
-    def values(batch: Batch, size: int, draws: Draws, table: Table) -> torch.Tensor:
+    def values(batch: Batch, size: int, draws: Draws) -> torch.Tensor:
         given = {n: draws[n] for n in plan.match.sampled}
         tables = [class_table(plan, model, batch, given, name, value, size).total for value in support]
         return torch.stack([t.expand(size, -1) for t in tables], -1).double().softmax(-1)
@@ -157,9 +157,9 @@ def _class_probs(plan: Plan, model: Model, name: str, support: torch.Tensor) -> 
 def _shares(plan: Plan, name: str, support: torch.Tensor) -> Values:
     """1 where a draw of y is the k-th value, else 0: ``(K, N, C)``."""
 
-    def values(batch: Batch, size: int, draws: Draws, table: Table) -> torch.Tensor:
+    def values(batch: Batch, size: int, draws: Draws) -> torch.Tensor:
         drawn = draws[name].per_datum(plan.model_layout)  # (K, N, *event)
         same = drawn.unsqueeze(2) == support.to(drawn.device)  # (K, N, C, *event)
-        return same.flatten(3).all(-1) if same.dim() > 3 else same
+        return same.reshape(*same.shape[:3], -1).all(-1)
 
     return values
