@@ -162,9 +162,9 @@ def gaps(comparison: Any, ax: "Axes | None" = None) -> "Axes":
             "the encoder: amortization": (ORANGE, [_mean(gap.amortization) for gap in found.values()]),
             "the family: approximation": (BLUE, [_mean(gap.approximation) for gap in found.values()]),
         }
-    for height, (end, error) in enumerate(_stack(ax, parts)):
+    for height, (end, reach) in enumerate(_stack(ax, parts)):
         place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
-        ax.annotate(f"{round(end, 2) + 0.0:.2f}", (max(end + error, 0.0), height), **place)
+        ax.annotate(f"{round(end, 2) + 0.0:.2f}", (max(reach, 0.0), height), **place)
     ax.axvline(0.0, color="0.75")
     ax.margins(x=0.18)  # room for the numbers
     _finish(ax, "from the ELBO to log p(x)", "nats per datum above the ELBO")
@@ -296,17 +296,21 @@ def _mean(values: Any) -> tuple[float, float]:
 
 
 def _stack(ax: "Axes", parts: Mapping[str, tuple[str, Iterable[tuple[float, float]]]]) -> Iterable[tuple[float, float]]:
-    """Bars of ``name -> (colour, (width, error) of each line)``, one after the other; returns ends and errors."""
-    ends = np.zeros(1)
+    """Bars of ``name -> (colour, (width, error) of each line)``, one after the other.
+
+    Returns for each line where the bars end, and how far they and their error bars reach.
+    """
+    ends = reach = np.zeros(1)
     for name, (colour, found) in parts.items():
         widths, errors = np.array(list(found)).T
         heights, left = np.arange(len(widths)), np.zeros(len(widths)) + ends
         ax.barh(heights, widths, 0.6, left=left, color=colour, label=name)
         ends = left + widths
+        reach = np.maximum(reach, ends + errors)
         shown = errors > 0
         if shown.any():
             ax.errorbar(ends[shown], heights[shown], xerr=errors[shown], fmt="none", ecolor="black", capsize=3)
-    return zip(ends, errors, strict=True)
+    return zip(ends, reach, strict=True)
 
 
 def _finish(ax: "Axes", title: str, xlabel: str) -> None:

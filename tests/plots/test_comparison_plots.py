@@ -117,6 +117,14 @@ def test_gaps_of_inference_gaps():
             np.testing.assert_allclose([np.ptp(segment[:, 0]) / 2 for segment in segments], [0.5, 0.4])
 
 
+def test_the_number_stands_beyond_every_error_bar():
+    """That of the encoder's part, 0.45 +- 0.9, ends further than the bars do, at 0.45 + 0.02 +- 0.0."""
+    ax = plots.gaps(gap(approximation=(0.02, 0.02), amortization=(0.9, 0.0)))
+    (text,) = ax.texts
+    assert text.xy[0] == pytest.approx(0.45 + 0.9)
+    assert text.get_text() == "0.47"
+
+
 def test_one_datum_has_no_error_over_data():
     ax = plots.gaps(gap((0.5,), (0.25,), (True,)))
     assert all(hasattr(part, "patches") for part in ax.containers)
