@@ -19,10 +19,10 @@ from pyro_lvm.errors import DataTypeError, SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
+from pyro_lvm.tracing.coordinates import Coordinates, make_axis
 from pyro_lvm.tracing.digest import DataDigest, parameter_digest
 from pyro_lvm.tracing.intercept import run, vectorised_frames
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
-from pyro_lvm.tracing.particles import Latent
 from pyro_lvm.tracing.probe import Plan, probe_pair
 from pyro_lvm.tracing.proposals import normal_guide
 from pyro_lvm.tracing.weights import check_data, evaluation
@@ -112,14 +112,13 @@ class _Integrand:
 
     def __init__(self, plan: Plan, model: Model, guide: Any, batch: Batch) -> None:
         self.plan, self.model, self.batch = plan, model, batch
-        self.num_data = plan.model_layout.num_data(batch)
         sites = {n: s for n, s in run(guide, batch.args).items() if n in plan.match.sampled}
         for name, site in sites.items():
             _check_plates(name, site, plan)
-        self.transforms = {n: s["fn"].transforms[0] for n, s in sites.items()}
-        self.shapes = {n: s["fn"].base_dist.event_shape for n, s in sites.items()}
-        self.dim = sum(shape.numel() for shape in self.shapes.values())
-        self.num_nodes = 0
+        layout = plan.model_layout
+        axes = [make_axis(name, site, site["fn"].transforms[0], layout) for name, site in sites.items()]
+        self.coordinates = Coordinates(layout, batch, axes)
+        self.num_data, self.dim, self.num_nodes = self.coordinates.num_data, self.coordinates.dim, 0
         if not 1 <= self.dim <= 3:
             raise SupportError(
                 f"latent sites {list(sites)}: expected one to three continuous dimensions a datum, got {self.dim}. The "
@@ -134,19 +133,9 @@ class _Integrand:
         return torch.cat([self._log_joint(part) for part in u.split(size)])
 
     def _log_joint(self, u: torch.Tensor) -> torch.Tensor:
-        layout = self.plan.model_layout
-        batch_shape = [1] * layout.nesting
-        if layout.dim is not None:
-            batch_shape[layout.dim] = self.num_data
-        draws, jacobian, position = {}, u.new_zeros(u.shape[:2]), 0
-        for name, shape in self.shapes.items():
-            own = u[..., position : position + shape.numel()].reshape(*u.shape[:2], *shape).to(self.like.dtype)
-            z = self.transforms[name](own)
-            jacobian = jacobian + self.transforms[name].log_abs_det_jacobian(own, z).reshape(*u.shape[:2], -1).sum(-1)
-            draws[name] = Latent(z.reshape(len(u), *batch_shape, *z.shape[2:]), -(layout.dim or 0))
-            position += shape.numel()
+        draws, jacobian = self.coordinates.latents(u.to(self.like.dtype))
         table, _ = self.plan.model_runner(self.model).run(self.batch, self.plan.model_mode, len(u), draws)
-        return table.total.double() + jacobian
+        return table.total.double() + jacobian.double()
 
     def integrate(self, num_nodes: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log of the integral and its error, ``(N,)`` nats."""

@@ -21,7 +21,7 @@ from pyro_lvm.ops.pareto import (
 )
 from pyro_lvm.ops.ratio import RatioAccumulator, RatioSummary
 from pyro_lvm.ops.running import RunningMoments
-from pyro_lvm.ops.status import DOUBTFUL, STATUSES, classify, status_names
+from pyro_lvm.ops.status import DOUBTFUL, STATUSES, classify, disagreement, status_names
 from pyro_lvm.ops.streaming import WeightAccumulator, WeightSummary
 from pyro_lvm.ops.weights import (
     delta_bias,
@@ -43,6 +43,7 @@ __all__ = [
     "WeightSummary",
     "classify",
     "delta_bias",
+    "disagreement",
     "effective_sample_size",
     "elbo",
     "fit_generalized_pareto",

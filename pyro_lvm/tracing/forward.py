@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
-from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, SiteError
@@ -12,6 +12,14 @@ from pyro_lvm.tracing.batch import Batch
 from pyro_lvm.tracing.intercept import Site, Trace, Values, base_distribution, is_observed, run
 
 __all__ = ["forward", "has_values", "observed_site", "one_of", "template"]
+
+
+class _Uncondition(UnconditionMessenger):
+    """Draws what is observed; not what follows from other sites, to which Pyro would give the shape of its plates."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 def template(batch: Batch, num_rows: int) -> Batch:
@@ -25,7 +33,12 @@ def forward(model: Any, batch: Batch, values: Values | None = None) -> Trace:
     Raises:
         PlateError: the model draws another number of data than ``batch`` has.
     """
-    trace = run(poutine.uncondition(model), batch.args, values=values)
+
+    def drawing(*args: Any) -> None:
+        with _Uncondition():
+            model(*args)
+
+    trace = run(drawing, batch.args, values=values)
     drawn = [site for site in trace.values() if site["infer"].get("was_observed") and has_values(site)]
     sizes = [{frame.name: frame.size for frame in site["cond_indep_stack"]} for site in drawn]
     if not all(len(batch) in each.values() for each in sizes):

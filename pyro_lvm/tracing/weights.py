@@ -13,12 +13,22 @@ from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
 from pyro_lvm.tracing.intercept import Values, is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
-from pyro_lvm.tracing.particles import Draws, Runner, draw_from
+from pyro_lvm.tracing.particles import Draws, Latent, Runner, draw_from
 from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
 from pyro_lvm.tracing.sites import guide_sites, outside_data, outside_error
 from pyro_lvm.tracing.tables import Table
 
-__all__ = ["Proposal", "check_data", "elbo", "evaluation", "log_weights", "weight_table", "weighted_draws"]
+__all__ = [
+    "Proposal",
+    "check_data",
+    "elbo",
+    "evaluation",
+    "joint_table",
+    "log_weights",
+    "weigh",
+    "weight_table",
+    "weighted_draws",
+]
 
 
 class Proposal:
@@ -59,15 +69,28 @@ def weight_table(plan: Plan, model: Model, proposal: Proposal, num_particles: in
 def weighted_draws(plan: Plan, model: Model, proposal: Proposal, num_particles: int) -> tuple[Table, Draws]:
     """`weight_table`, and the draws that it weighs: every latent of the model that is not summed out."""
     log_q, draws = proposal.draw(num_particles)
-    log_joint, latents = plan.model_runner(model).run(proposal.batch, plan.model_mode, num_particles, draws)
+    log_joint, latents = joint_table(plan, model, proposal.batch, num_particles, draws)
+    return weigh(log_joint, log_q, num_particles), latents
+
+
+def joint_table(
+    plan: Plan, model: Model, batch: Batch, num_particles: int, draws: Draws
+) -> tuple[Table, dict[str, Latent]]:
+    """log p(x, z) of draws, and every latent of the model that is not summed out."""
+    log_joint, latents = plan.model_runner(model).run(batch, plan.model_mode, num_particles, draws)
     unproposed = latents.keys() - draws.keys() - {*plan.match.free, *plan.match.determined}
     if unproposed:
         raise SiteError(
             f"guide: expected every latent site of the model, got none for {sorted(unproposed)}, which the model has "
             "for some latents or data only. Sample them in the guide whenever the model does."
         )
+    return log_joint, latents
+
+
+def weigh(log_joint: Table, log_q: Table, num_particles: int) -> Table:
+    """log p(x, z) - log q(z | x), ``(K, N)``, of draws from q, whatever that is."""
     weights = log_joint - log_q
-    return Table(weights.total.expand(num_particles, -1), weights.magnitude), latents
+    return Table(weights.total.expand(num_particles, -1), weights.magnitude)
 
 
 def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: int = 0) -> None:

@@ -78,6 +78,11 @@ def test_any_pair_can_be_sampled(name):
         assert not torch.equal(value, second[site])
 
 
+def test_what_follows_from_other_sites_keeps_its_shape():
+    pair = ORACLES["deterministic"](3)  # Pyro would draw the mean anew, in the shape of its plate: (5, 5)
+    assert {name: value.shape for name, value in sample(pair.model, pair.x, 5).items()} == {"z": (5,), "x": (5,)}
+
+
 def test_reconstructions_of_a_linear_model(linear):
     """E_q[W z + mu] has a formula; the error of 4000 draws is that of z's posterior."""
     found = reconstruct(linear, linear.posterior_guide, X, num_draws=4000, seed=0)

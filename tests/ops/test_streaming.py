@@ -201,9 +201,39 @@ def test_status_order_of_precedence():
 
 
 def test_statuses_are_the_documented_ones():
-    words = {"exact", "zero_variance", "no_fault_found", "heavy_tail", "unreliable", "no_support", "nonfinite"}
-    assert set(ops.STATUSES) == words
-    assert len(ops.STATUSES) == 7
+    usable = ["exact", "zero_variance", "no_fault_found", "heavy_tail", "disagreement"]
+    assert list(ops.STATUSES) == [*usable, "unreliable", "no_support", "nonfinite"]  # from the best to the worst
+    assert list(ops.DOUBTFUL) == ["unreliable", "no_support", "nonfinite"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "own_stderr", "missed", "lacks"),
+    [
+        (0.7, 0.01, 0.5, True),
+        (0.7, 0.01, 0.0, False),  # what it lacks it proposes: a tail, drawn too rarely
+        (0.7, 0.01, 0.2, False),  # less than half of 1 - exp(-0.7) = 0.50
+        (0.7, 0.2, 0.5, False),  # within four standard errors
+        (0.03, 0.001, 0.03, True),
+        (0.009, 0.001, 0.03, False),  # below 0.01 nats nobody would quote another number
+        (-0.7, 0.01, 0.5, False),  # higher, by its own noise
+        (math.inf, math.nan, 1.0, True),  # none of its draws has any mass
+        (math.nan, 0.01, 1.0, False),
+    ],
+)
+def test_a_guide_disagrees_by_two_signs(difference, own_stderr, missed, lacks):
+    value, stderr = torch.tensor([-3.0]), torch.tensor([0.002])
+    numbers = (torch.tensor([[number], [0.0]]) for number in (-3.0 - difference, own_stderr, missed))
+    own, errors, share = numbers
+    own[1] = -3.0  # the other guide agrees
+    codes, lacking = ops.disagreement(torch.tensor([2]), value, stderr, own, errors, share)
+    assert lacking.tolist() == [[lacks], [False]]
+    assert ops.status_names(codes) == (("disagreement",) if lacks else ("no_fault_found",))
+
+
+def test_disagreement_takes_the_place_of_better_statuses_only():
+    codes, one = torch.arange(len(ops.STATUSES)), torch.ones(len(ops.STATUSES))
+    found, _ = ops.disagreement(codes, 0.0 * one, 0.01 * one, -one[None], 0.01 * one[None], one[None])
+    assert ops.status_names(found) == ("disagreement",) * 5 + ops.STATUSES[5:]
 
 
 def test_the_table_of_large_weights_stays_small():

@@ -1,0 +1,179 @@
+"""Several guides of one model as one proposal: each draws, and all of them score what each has drawn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributions import Transform, biject_to, constraints
+
+from pyro_lvm._typing import Guide, Model
+from pyro_lvm.errors import ParameterError, SiteError
+from pyro_lvm.tracing.batch import Batch, Rows
+from pyro_lvm.tracing.intercept import is_latent, is_real, support
+from pyro_lvm.tracing.particles import Draws, Latent
+from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, run_pair
+from pyro_lvm.tracing.tables import Table, agree
+from pyro_lvm.tracing.weights import Proposal, joint_table
+
+__all__ = ["Member", "Mixture", "fit_together"]
+
+_PARTICLES = 3
+_SCORE_BYTES = 40  # of one density of one draw, in the tables that are made of it
+_NEAR = 1e-3  # relative: what a way through float32 bijections and back may change, and no other density is within
+
+
+@dataclass(frozen=True)
+class Member:
+    """A guide of the mixture with its model; both find their own parameters.
+
+    Attributes:
+        name: of the guide.
+        model: p(x, z).
+        guide: q(z | x).
+        plan: how they run.
+        inverses: auxiliary site -> the latent that it determines, and the way back. An ``AutoNormal`` draws in
+            unconstrained coordinates, and has a density at the draws of others once these are known there.
+    """
+
+    name: str
+    model: Model
+    guide: Guide
+    plan: Plan
+    inverses: Mapping[str, tuple[str, Transform]]
+
+    def given(self, draws: Draws) -> Draws:
+        """Latents that any guide has drawn, in the form in which this one scores them."""
+        ways = self.inverses.items()
+        back = {name: Latent(way(draws[of].value), draws[of].rank) for name, (of, way) in ways}
+        determined = [of for _, (of, _) in ways]  # which follow, to the last bit, from the auxiliary draws
+        return back | {name: draws[name] for name in self.plan.match.sampled if name not in determined}
+
+
+class Mixture:
+    """The guides on some data."""
+
+    def __init__(self, members: Sequence[Member], batch: Batch) -> None:
+        self.members, self.batch = members, batch
+        self.proposals = [Proposal(member.plan, member.guide, batch) for member in members]
+
+    def draw(self, index: int, num_particles: int) -> tuple[Table, list[Table]]:
+        """log p(x, z), ``(K, N)``, of draws from one guide, and log q(z | x) under each of them."""
+        member = self.members[index]
+        log_q, draws = self.proposals[index].draw(num_particles)
+        log_joint, _ = joint_table(member.plan, member.model, self.batch, num_particles, draws)
+        pairs = enumerate(zip(self.members, self.proposals, strict=True))
+        return log_joint, [log_q if i == index else q.score(m.given(draws), num_particles) for i, (m, q) in pairs]
+
+
+def fit_together(members: Sequence[Member], data: Rows) -> tuple[Member, ...]:
+    """The members with what makes their draws exchangeable, once it is sure that they are.
+
+    Raises:
+        SiteError: guides draw or enumerate different sites, or one has no density at given draws.
+        ParameterError: their models have different values.
+    """
+    _check_sites(members)
+    nesting = max(member.plan.model_layout.nesting for member in members)
+    tied = any(member.plan.tied for member in members)
+    largest = max(member.plan.bytes_per_particle for member in members) + _SCORE_BYTES * len(members)
+    batch = data.rows(slice(0, len(data) if tied else PROBE_ROWS))
+    joined = []
+    for member in members:
+        plan = replace(_nested(member.plan, nesting), tied=tied, bytes_per_particle=largest)
+        joined.append(replace(member, plan=plan, inverses=_inverses(member, batch)))
+        _check_scores(joined[-1], batch)
+    _check_one_model(joined, batch)
+    return tuple(joined)
+
+
+def _check_sites(members: Sequence[Member]) -> None:
+    sites = {member.name: sorted(member.plan.match.sampled) for member in members}
+    if len(set(map(tuple, sites.values()))) > 1:
+        summed = {member.name: sorted(member.plan.match.enumerated) for member in members}
+        also = f", and leave {summed} to be summed out" if any(summed.values()) else ""
+        raise SiteError(
+            f"guides: expected guides that draw the same latent sites, got {sites}{also}. A density of some sites says "
+            "nothing of others: pool guides of the same ones."
+        )
+    if not members[0].plan.match.sampled:
+        raise SiteError(
+            "guides: expected guides that draw a latent site, got none: every latent is summed out. "
+            "log_marginal(model, None, x) is exact."
+        )
+
+
+def _nested(plan: Plan, nesting: int) -> Plan:
+    """The plan with room for more plates, of which its fast ways of running particles were not looked at."""
+    if plan.model_layout.nesting == nesting:
+        return plan
+    layouts = [replace(layout, nesting=nesting) for layout in (plan.model_layout, plan.guide_layout)]
+    guide_mode = plan.guide_mode if plan.guide_mode == "once" else "looped"
+    return replace(plan, model_layout=layouts[0], guide_layout=layouts[1], model_mode="looped", guide_mode=guide_mode)
+
+
+def _inverses(member: Member, batch: Batch) -> dict[str, tuple[str, Transform]]:
+    """The way from a latent back to the auxiliary draw that determined it, as far as it is the usual bijection."""
+    pair = run_pair(member.model, member.guide, batch)
+    found = {}
+    for name, site in pair.guide.items():
+        if not (is_latent(site) and site["infer"].get("is_auxiliary")):
+            continue
+        for latent in member.plan.match.sampled:
+            way = _to_unconstrained(pair.model[latent]["fn"])
+            if way is not None and _near(way(pair.guide[latent]["value"]), site["value"]):
+                found[name] = latent, way
+    return found
+
+
+def _to_unconstrained(fn: Any) -> Transform | None:
+    constraint = support(fn)
+    if constraint is None or constraint.is_discrete:
+        return None
+    try:
+        return biject_to(constraints.real if is_real(constraint) else constraint).inv
+    except NotImplementedError:
+        return None
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and bool(((one - other).abs() <= _NEAR * other.abs().clamp(min=1.0)).all())
+
+
+def _check_scores(member: Member, batch: Batch) -> None:
+    """A guide has a density at draws that it has not just made.
+
+    Raises:
+        SiteError: it has not, or another one.
+    """
+    proposal = Proposal(member.plan, member.guide, batch)
+    log_q, draws = proposal.draw(_PARTICLES)
+    proposal.draw(_PARTICLES)  # a flow without an inverse remembers the last draw only
+    copies = {name: Latent(latent.value.clone(), latent.rank) for name, latent in draws.items()}
+    cause = None
+    try:
+        again = proposal.score(member.given(copies), _PARTICLES)
+        if _near(again.total, log_q.total.expand_as(again.total)):
+            return
+    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+        cause = error
+    raise SiteError(
+        f"guide {member.name!r}: expected a density at draws of other guides, got "
+        f"{'another one at its own draws given again' if cause is None else repr(cause)}. Pool guides whose flows have "
+        "an inverse, and whose draws are all made by pyro.sample statements of the latent sites."
+    ) from cause
+
+
+def _check_one_model(members: Sequence[Member], batch: Batch) -> None:
+    """log p(x, z) is the same in all pairs, whatever their models learned with other guides."""
+    first = members[0]
+    _, draws = Proposal(first.plan, first.guide, batch).draw(_PARTICLES)
+    expected, _ = joint_table(first.plan, first.model, batch, _PARTICLES, draws)
+    for member in members[1:]:
+        got, _ = joint_table(member.plan, member.model, batch, _PARTICLES, draws)
+        if not agree(expected, got):
+            raise ParameterError(
+                f"model: expected one log p(x, z) for all guides, got other values with {member.name!r} than with "
+                f"{first.name!r}: they were trained with models of their own. Pass the `FitResult.model` of one fit, "
+                "and guides that were trained with it frozen (update='guide')."
+            )
