@@ -1,6 +1,7 @@
 """Errors and warnings of the package. Every message names what was expected, what came and the cure."""
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "DatasetError",
     "DataTypeError",
@@ -58,6 +59,10 @@ class DataTypeError(PyroLVMError, TypeError):
 
 class DatasetError(PyroLVMError, RuntimeError):
     """A data set is not where it was looked for, or its files are damaged."""
+
+
+class BudgetError(PyroLVMError, ValueError):
+    """A wanted precision takes more than the call may spend."""
 
 
 class CheckpointError(PyroLVMError, RuntimeError):

@@ -16,6 +16,7 @@ from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.resume import Checkpoint, fingerprint
+from pyro_lvm.evidence.targeted import TargetedJob, check_target
 from pyro_lvm.evidence.verdict import warn_of_doubt
 from pyro_lvm.ops import STATUSES
 from pyro_lvm.tracing.batch import DataArgs
@@ -33,6 +34,7 @@ def importance(
     x: Data,
     *args: Any,
     num_particles: int = 1000,
+    target_stderr: float | None = None,
     data_plate: DataPlate = "auto",
     data_args: DataArgs = "auto",
     vectorize: Vectorize = "auto",
@@ -58,6 +60,12 @@ def importance(
             data, about 120 bytes each, and one chunk. A ``__getitems__`` of the data set is used.
         *args: further arguments of both programs; tensors with N rows go with x.
         num_particles: K.
+        target_stderr: wanted standard error of each value in nats. A datum then takes as many particles as a pilot of
+            its own draws asks for, 256 at least and ``num_particles`` at most, and is estimated anew with them: what
+            chose K has no part in the value. About 95 % and more of the data within the budget have a stated error
+            below it. Where all data are alike, one K for all is cheaper: pilot and margins take three times as much. A
+            pair that is tied to all of its data takes what its worst datum needs; one without draws ignores it. Not
+            with ``resume``.
         data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint result of shape ``(1,)``.
         data_args: positions among ``args`` of those with one row per datum; ``"auto"`` is all with N rows.
         vectorize: ``False`` runs one particle at a time, for models whose Python control flow looks at latents.
@@ -87,10 +95,12 @@ def importance(
     Raises:
         PlateError, SiteError, SupportError, ParameterError, ShapeError, DataTypeError: what was expected, what came and
             the cure.
+        BudgetError: ``num_particles`` is too few for ``target_stderr`` on every datum; says how many it takes.
         CheckpointError: ``resume`` belongs to another call (the message lists what differs), or its files are damaged.
 
     Warns:
-        UnreliableEstimateWarning: some data have no trustworthy value.
+        UnreliableEstimateWarning: some data have no trustworthy value, or would take more than ``num_particles`` for
+            ``target_stderr``.
         UntrainedParameterWarning: a parameter was created here, with its initial value.
 
     References:
@@ -112,6 +122,7 @@ def importance(
     if guide is None and callable(getattr(model, "log_prob", None)):
         return closed_form(model, x, *args, data_plate=data_plate, data_args=data_args, device=device)
     num_particles = check_positive_int("num_particles", num_particles)
+    target = check_target(target_stderr, resume)
     chunks = check_chunks(chunks)
     if model_dtype is not None:
         check_model_dtype(model_dtype)
@@ -143,6 +154,8 @@ def importance(
             model = in_half(model, model_dtype)
         tables = CapturedTables(plan, model, guide) if compile else Tables(plan, model, guide)
         job = Job(plan, pair, tables, source, num_particles, sizes, columns, checkpoint)
+        if target is not None and not plan.exact:
+            job = TargetedJob(plan, pair, tables, source, num_particles, sizes, columns, target=target)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     record = _record(job, provenance)
@@ -170,5 +183,6 @@ def _record(job: Job, provenance: dict[str, Any]) -> LogMarginal:
         status=status,
         num_particles=job.num_particles,
         method=method,
+        particles=job.particles[: columns.done].double() if isinstance(job, TargetedJob) else torch.empty(0),
         provenance=provenance | job.provenance(),
     )

@@ -1,9 +1,10 @@
 """One streamed estimate under way: the data in chunks, and for each of them the particles in chunks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import torch
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import shown
@@ -22,7 +23,19 @@ from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import check_data
 
-__all__ = ["Job", "look"]
+__all__ = ["Collector", "Job", "look"]
+
+_SLAB = 8  # chunks of data that are read together, to be grouped by the number of particles that they take
+
+
+class Collector(Protocol):
+    """Takes in tables of log-weights ``(k, N)`` one after the other."""
+
+    def update(self, log_weights: torch.Tensor, noise_scale: torch.Tensor) -> None:
+        """One more table, and the size of the terms of its log-weights, ``(N,)``."""
+
+
+Collecting = TypeVar("Collecting", bound=Collector)
 
 
 def look(
@@ -134,17 +147,57 @@ class Job:
     def _chunk(self, batch: Batch, done: int, bar: Any) -> WeightSummary:
         """All particles of some data, before which others are ``done``."""
         check_data(self.plan, self.tables.model, self.tables.guide, batch, done)
-        draw = self.drawing(batch, (len(self.source) - done) * self.num_particles)
         weights = WeightAccumulator(self.plan.model_layout.num_data(batch), self.num_particles, batch.args[0].device)
-        left = self.num_particles
+        num_weights = (len(self.source) - done) * self.num_particles
+        self.weigh(batch, self.num_particles, num_weights, self.chunks[1], weights, bar)
+        return weights.summary()
+
+    def weigh(
+        self, batch: Batch, num_particles: int, num_weights: int, at_once: int, collector: Collector, bar: Any
+    ) -> None:
+        """Draw K log-weights of some data, ``at_once`` of them at a time; ``num_weights`` are to come in all."""
+        draw = self.drawing(batch, num_weights)
+        left = num_particles
         while left:
-            now = min(self.chunks[1], left)
+            now = min(at_once, left)
             table = draw(now)
-            weights.update(table.total, table.magnitude)
+            collector.update(table.total, table.magnitude)
             self.dtype = str(table.total.dtype)
             left -= now
             bar.update(now * len(batch))
-        return weights.summary()
+
+    def slabs(self) -> Iterator[tuple[int, Batch]]:
+        """The data, several chunks together, each with the number of data before it."""
+        size = len(self.source) if self.plan.tied else _SLAB * self.chunks[0]
+        for start in range(0, len(self.source), size):
+            yield start, self.source.rows(slice(start, min(start + size, len(self.source))))
+
+    def pieces(
+        self,
+        batch: Batch,
+        rows: torch.Tensor,
+        num_particles: int,
+        collector: Callable[[int], Collecting],
+        bar: Any,
+    ) -> Iterator[tuple[torch.Tensor, Collecting]]:
+        """Draw K log-weights of some rows of a batch, as many rows at once as fit.
+
+        Yields which results they are, and the collector, made by ``collector(number of results)``, that has them. A
+        pair that is tied to its data has all of them at once.
+        """
+        layout, tied = self.plan.model_layout, self.plan.tied
+        while len(rows):
+            now = rows if tied else rows[: self.chunks[0]]
+            part = batch if tied else batch.rows(now)
+            collected = collector(layout.num_data(part))
+            at_once = self.chunks[1] if tied else max(1, self.chunks[0] * self.chunks[1] // len(part))
+            try:
+                self.weigh(part, num_particles, len(rows) * num_particles, at_once, collected, bar)
+            except (RuntimeError, MemoryError) as error:
+                self._shrink(error)
+                continue
+            rows = rows[len(now) :]
+            yield torch.arange(layout.num_data(part), device=now.device) if tied else now, collected
 
     def _shrink(self, error: Exception) -> None:
         """Halve what is computed at once after running out of memory; any other error passes."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LogMarginal", "check_reference", "concatenate", "exact_record", "to_arviz"]
 
-_NUMBERS = tuple(name for name in COLUMNS if name != "status")
+_NUMBERS = (*(name for name in COLUMNS if name != "status"), "particles")
 
 _SMALL = 0.25  # of a standard error: what adds 3 % to it in quadrature
 
@@ -43,10 +43,12 @@ class LogMarginal:
         khat: Pareto tail index of the weights: below 0.5 their variance exists. NaN where there is no tail to fit.
         status: NumPy array of words. ``exact``: enumerated or closed form. ``zero_variance``: all weights equal, exact
             only if the guide covers the posterior. ``no_fault_found``: k-hat below 0.5. ``heavy_tail``: value usable,
-            standard error optimistic. ``unreliable``, ``no_support``, ``nonfinite``. None of them says "correct":
-            draws from one guide cannot see a mode that the guide misses.
-        num_particles: K.
+            standard error optimistic. ``disagreement``: a guide of several misses mass that another sees; the value
+            holds both. ``unreliable``, ``no_support``, ``nonfinite``. None of them says "correct": draws cannot show a
+            mode that no guide proposes.
+        num_particles: K; with ``target_stderr`` the most that a datum could take.
         method: name of the estimator.
+        particles: K of each datum, from which ``ess``, ``khat`` and ``status`` are; all ``num_particles`` if left out.
         provenance: whatever makes the number quotable: seed, dtype, device, versions, chunk sizes; ``sha256`` of the
             data that were used, in their order, and of the parameters; what half precision moves (``model_dtype``),
             and after how many data a resumed run went on (``resumed_at``).
@@ -63,6 +65,11 @@ class LogMarginal:
     num_particles: int
     method: str
     provenance: dict[str, Any] = field(default_factory=dict)
+    particles: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if not self.particles.numel():
+            object.__setattr__(self, "particles", torch.full_like(self.value, self.num_particles))
 
     def __len__(self) -> int:
         return len(self.value)
@@ -91,6 +98,26 @@ class LogMarginal:
     def mean_bias(self) -> float:
         """Estimated bias of `mean`; unlike its standard error it does not shrink with N."""
         return float(self.bias.mean())
+
+    @property
+    def mean_corrected(self) -> float:
+        r"""`mean` less `mean_bias`: the delta-method correction, of which a bias of the order of :math:`1/K^2` is left.
+
+        It needs a variance of the weights that is known; `evidence.dataset_mean` has no bias.
+        """
+        return self.mean - self.mean_bias
+
+    @property
+    def efficiency(self) -> torch.Tensor:
+        """ESS / K of each datum, by its own K, ``(N,)``."""
+        return self.ess / self.particles
+
+    @property
+    def particles_in_words(self) -> str:
+        """K, or its range over the data."""
+        if not len(self) or bool((self.particles == self.num_particles).all()):
+            return str(self.num_particles)
+        return f"{self.particles.min():.0f} to {self.particles.max():.0f}"
 
     @property
     def gap(self) -> torch.Tensor:
@@ -135,13 +162,11 @@ class LogMarginal:
         tail = "no k-hat"
         if len(khat):
             tail = f"k-hat median {khat.median():.2f}, above 0.7 for {float((khat > 0.7).double().mean()):.1%}"
-        efficiency = (
-            f"ESS/K median {float(self.ess.median()) / self.num_particles:.2f};  " if self.num_particles > 1 else ""
-        )
+        efficiency = f"ESS/K median {float(self.efficiency.median()):.2f};  " if self.num_particles > 1 else ""
         shares = ", ".join(f"{word} {share:.1%}" for word, share in self.status_shares().items())
         return "\n".join(
             [
-                f"LogMarginal: {self._data}, {self.method}, K = {self.num_particles}",
+                f"LogMarginal: {self._data}, {self.method}, K = {self.particles_in_words}",
                 f"  log p(x)  {self.mean_with_error()} nats{'' if self._joint else ' a datum'}",
                 f"  ELBO      {float(self.elbo.mean()):.4f};  {efficiency}{tail}",
                 f"  status    {shares}",
@@ -213,7 +238,8 @@ class LogMarginal:
         Raises:
             KeyError, TypeError, ValueError: it did not.
         """
-        columns: dict[str, Any] = {name: torch.tensor(numbers(content[name]), dtype=torch.float64) for name in _NUMBERS}
+        there = [name for name in _NUMBERS if name in content or name != "particles"]  # older files lack it
+        columns: dict[str, Any] = {name: torch.tensor(numbers(content[name]), dtype=torch.float64) for name in there}
         status = np.array(content["status"], dtype=str)
         if {len(column) for column in columns.values()} != {len(status)}:
             raise ValueError("columns are of different lengths")

@@ -24,6 +24,7 @@ from pyro_lvm._files import read_tensors, write_tensors
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import CheckpointError
 from pyro_lvm.evidence.columns import COLUMNS, Columns
+from pyro_lvm.ops import STATUSES
 from pyro_lvm.tracing.batch import Rows
 from pyro_lvm.tracing.digest import add_values
 from pyro_lvm.tracing.isolation import evaluation_rng, generator_states, set_generators, validation
@@ -164,7 +165,7 @@ def fingerprint(plan: Plan, model: Model, guide: Guide, source: Rows, options: M
     found: dict[str, Any] = {name: str(value) for name, value in options.items()}
     found |= {"num_data": str(len(source)), "dtype": str(batch.args[0].dtype), "data_plate": plan.model_layout.plate}
     found |= {"particles": f"model {plan.model_mode}, guide {plan.guide_mode}", "log_weights": log_weights}
-    return found | {"x": data.hexdigest()}
+    return found | {"x": data.hexdigest(), "statuses": ", ".join(STATUSES)}  # which are kept as their numbers
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -14,6 +14,11 @@ _CURES = {
     "nonfinite": "Look for NaN in data, parameters or densities.",
 }
 
+_DISAGREEMENT = (
+    " The guides disagree on {share:.1%} of the data: one misses mass that another sees. The pooled value holds the "
+    "mass of all of them; mass that none sees would not show."
+)
+
 
 def status_shares(status: np.ndarray) -> dict[str, float]:
     """Share of the data in each status that occurs, from the best to the worst."""
@@ -30,11 +35,14 @@ def doubt(status: np.ndarray) -> str:
 def verdict(status: np.ndarray, quantity: str) -> str:
     """What may be said with estimates of a quantity that have these statuses, in a plain sentence."""
     shares = status_shares(status)
+    apart = _DISAGREEMENT.format(share=shares["disagreement"]) if "disagreement" in shares else ""
     if words := doubt(status):
         cure = " ".join(_CURES[word] for word in DOUBTFUL if word in shares)
-        return f"not to be quoted as {quantity}: {words} of the data. {cure}"
+        return f"not to be quoted as {quantity}: {words} of the data. {cure}{apart}"
     if "heavy_tail" in shares:
-        return f"usable; the stated error is optimistic for the {shares['heavy_tail']:.1%} with heavy tails."
+        return f"usable; the stated error is optimistic for the {shares['heavy_tail']:.1%} with heavy tails.{apart}"
+    if apart:
+        return f"usable.{apart}"
     if set(shares) == {"exact"}:
         return "exact."
     if set(shares) <= {"exact", "zero_variance"}:

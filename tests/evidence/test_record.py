@@ -70,6 +70,9 @@ def test_shares_of_the_statuses_are_in_order_and_sum_to_one() -> None:
         (["exact"] * 4, r"^exact\.$"),
         (["exact", "exact", "zero_variance", "exact"], "if the guide covers"),
         (["heavy_tail", "no_fault_found", "no_fault_found", "no_fault_found"], "usable.*25.0%"),
+        (["disagreement", "no_fault_found", "exact", "exact"], "^usable. The guides disagree on 25.0%.*none sees"),
+        (["disagreement", "heavy_tail", "exact", "exact"], "usable; .* 25.0% with heavy tails. The guides disagree"),
+        (["disagreement", "unreliable", "exact", "exact"], "not to be quoted .*fits better. The guides disagree"),
         (
             ["unreliable", "no_fault_found", "no_fault_found", "no_fault_found"],
             "not to be quoted.*unreliable for 25.0%",

@@ -1,0 +1,220 @@
+"""Several guides as one proposal: the mixture of them, and where they disagree on where the posterior is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_lvm._checks import check_chunks, check_positive_int, refuse
+from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm.errors import DataTypeError, ShapeError
+from pyro_lvm.evidence.columns import COLUMNS, Columns
+from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.job import Job, look
+from pyro_lvm.evidence.record import LogMarginal
+from pyro_lvm.evidence.strata import Strata
+from pyro_lvm.evidence.verdict import warn_of_doubt
+from pyro_lvm.ops import STATUSES, WeightSummary
+from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
+from pyro_lvm.tracing.captured_weights import Tables
+from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
+from pyro_lvm.tracing.mixture import Member, Mixture, fit_together
+from pyro_lvm.tracing.params import Fitted, current_params
+from pyro_lvm.tracing.proposals import prior_guide
+from pyro_lvm.tracing.tables import Table
+from pyro_lvm.tracing.weights import evaluation
+
+__all__ = ["pool", "pooled"]
+
+_NUMBERS = tuple(name for name in COLUMNS if name != "status")
+
+
+def pooled(
+    model: Model,
+    guides: Sequence[Guide | None] | Mapping[str, Guide | None],
+    x: Data,
+    *args: Any,
+    num_particles: int = 1000,
+    data_plate: DataPlate = "auto",
+    data_args: DataArgs = "auto",
+    vectorize: Vectorize = "auto",
+    chunks: Chunks = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> LogMarginal:
+    r"""log p(x) of every datum by importance sampling from several guides at once, as one mixture.
+
+    .. math:: \log \hat p(x_n) = \log \frac1{JK} \sum_{j=1}^J \sum_{k=1}^K
+              \frac{p(x_n, z_{jkn})}{\frac1J \sum_i q_i(z_{jkn} \mid x_n)}, \qquad z_{jkn} \sim q_j(z \mid x_n)
+
+    (the balance heuristic). A draw is weighed by the density of all guides together, so that no weight is larger than
+    J times the one that it had from its own guide alone, and a mode that any one of the guides covers is in the value.
+
+    Args:
+        model: generative program p(x, z).
+        guides: at least two, in a sequence or a dictionary name -> guide, over the same latent sites; None is the
+            prior of the model, for modes that no guide is on.
+        x: data ``(N, ...)``, read chunk by chunk; as in `log_marginal`.
+        *args: further arguments of all programs; tensors with N rows go with x.
+        num_particles: K, drawn from *each* guide: J K in all, each of which every guide scores.
+        data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint result of shape ``(1,)``.
+        data_args: positions among ``args`` of those with one row per datum.
+        vectorize: ``False`` runs one particle at a time.
+        chunks: (data, particles) computed at once; None chooses from a memory budget.
+        seed: forks the global random state; None draws from it.
+        device: where to compute; None stays on the device of x.
+        progress: show a bar; None shows it in a terminal.
+
+    Returns:
+        `LogMarginal`, results ``(N,)`` in nats, with ``num_particles`` = J K. Biased low. ``stderr``, ``bias`` and
+        ``elbo_stderr`` are those of a stratified sample, which K draws of each guide are; ``elbo`` is that of the
+        mixture as one guide; ``ess`` and ``khat`` are of all weights together. Status ``disagreement``: one guide's own
+        estimate lacks posterior mass that another guide proposes; the value holds the mass of all of them. Mass that
+        none proposes shows nowhere. ``provenance["guides"]`` has for each guide the mean of its own log p-hat and the
+        share of the data where it lacks mass, those with a worse status included.
+
+    Raises:
+        SiteError: guides draw or enumerate different sites, or one has no density at the draws of another.
+        PlateError: the data plate of a guide is not that of the model.
+        ParameterError: they were trained with different values of the model's parameters.
+        ShapeError: fewer than two guides.
+        DataTypeError, SupportError: what was expected, what came and the cure.
+
+    Warns:
+        UnreliableEstimateWarning: some data have no trustworthy value.
+
+    References:
+        Veach & Guibas (1995), Optimally combining sampling techniques, eq. 5 (balance heuristic); Owen & Zhou (2000),
+        Safe and effective importance sampling, sec. 3; Elvira, Martino, Luengo & Bugallo (2019), Generalized multiple
+        importance sampling, whose deterministic mixture it is.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(x):  # x is z^2 with noise: two modes
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        ...         pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+        >>> def on(mode):
+        ...     def guide(x):
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("z", dist.Normal(mode, 0.2))
+        ...     return guide
+        >>> result = pooled(model, {"left": on(-1.97), "right": on(1.97)}, torch.tensor([4.0]), seed=0)
+        >>> own = result.provenance["guides"]["left"]["mean"]
+        >>> print(f"{result.mean - own:.1f}", result.status[0])
+        0.7 disagreement
+    """
+    pairs = {name: (model, guide) for name, guide in _named(guides).items()}
+    return pool(pairs, x, args, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress)
+
+
+def pool(
+    pairs: Mapping[str, tuple[Model, Guide | None]],
+    x: Data,
+    args: tuple[Any, ...],
+    num_particles: int,
+    data_plate: DataPlate,
+    data_args: DataArgs,
+    vectorize: Vectorize,
+    chunks: Chunks,
+    seed: int | None,
+    device: torch.device | str | None,
+    progress: bool | None,
+) -> LogMarginal:
+    """`pooled` of pairs whose models are one, each with the parameters that it learned."""
+    num_particles, chunks = check_positive_int("num_particles", num_particles), check_chunks(chunks)
+    source = data_source(x, args, data_args, device)
+    devices = [device_of(source)]
+    with torch.no_grad():
+        looks = [_member(name, *pair, source, data_plate, vectorize) for name, pair in pairs.items()]
+        programs = [program for member, _ in looks for program in (member.model, member.guide)]
+        with eval_mode(*programs), validation(False):
+            with evaluation_rng(0, devices):
+                members = fit_together([member for member, _ in looks], source)
+            total, plan = len(members) * num_particles, members[0].plan
+            sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
+            columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+            tables = Tables(plan, members[0].model, members[0].guide)
+            job = _PooledJob(plan, looks[0][1], tables, source, total, sizes, columns, members=members)
+            with evaluation_rng(seed, devices):
+                job.run(progress)
+    provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
+    record = job.record(provenance | job.provenance() | _digests(looks, job))
+    warn_of_doubt("LogMarginal", record.status, record.verdict)
+    return record
+
+
+def _named(guides: Any) -> dict[str, Guide | None]:
+    """Guides by name, those of a sequence by their number."""
+    if not isinstance(guides, Sequence | Mapping) or isinstance(guides, str):
+        cure = 'Pass [guide, other] or {"name": guide, ...}.'
+        raise DataTypeError(refuse("guides", "a sequence or a dictionary of guides", type(guides).__name__, cure))
+    named = dict(guides) if isinstance(guides, Mapping) else {f"guide {i + 1}": g for i, g in enumerate(guides)}
+    if len(named) < 2:
+        cure = "Of one guide: log_marginal(model, guide, x). None is the prior, as a second one."
+        raise ShapeError(refuse("guides", "at least two", len(named), cure))
+    return named
+
+
+def _member(
+    name: str, model: Model, guide: Guide | None, source: Rows, data_plate: DataPlate, vectorize: Vectorize
+) -> tuple[Member, dict[str, str]]:
+    """A guide that finds its own parameters, also while those of the others are in their places; and what it is."""
+    guide = prior_guide(model) if guide is None else guide
+    try:
+        with evaluation(model, guide):
+            plan, pair = look(model, guide, source, data_plate, vectorize)
+            params = current_params()
+    except Exception as error:
+        error.add_note(f"of guide {name!r}")
+        raise
+    return Member(name, Fitted(model, params), Fitted(guide, params), plan, {}), pair
+
+
+def _digests(looks: Sequence[tuple[Member, dict[str, str]]], job: "_PooledJob") -> dict[str, Any]:
+    """Names and parameters of all guides."""
+    parameters = {member.name: pair["parameters"] for member, pair in looks}
+    names = [pair["guide"] for _, pair in looks]
+    return {"guide": names, "sha256": {"parameters": parameters, "data": job.digest.hexdigest()}}
+
+
+@dataclass
+class _PooledJob(Job):
+    """A `Job` whose particles come from one guide after the other."""
+
+    members: tuple[Member, ...] = field(kw_only=True)
+    own: list[torch.Tensor] = field(default_factory=list)
+    lacking: list[torch.Tensor] = field(default_factory=list)
+
+    def drawing(self, batch: Batch, num_weights: int) -> Callable[[int], Table]:
+        """As in `Job`: the first K draws are those of the first guide, and so on."""
+        num_data = self.plan.model_layout.num_data(batch)
+        each = self.num_particles // len(self.members)
+        self.strata = Strata(Mixture(self.members, batch), each, num_data, batch.args[0].device)
+        return self.strata.draw
+
+    def keep(self, summary: WeightSummary) -> None:
+        """Take the results of a chunk that is finished."""
+        summary, own, lacking = self.strata.summary(summary)
+        super().keep(summary)
+        self.own.append(own)
+        self.lacking.append(lacking)
+
+    def record(self, provenance: dict[str, Any]) -> LogMarginal:
+        """All chunks in one."""
+        own, lacking = torch.cat(self.own, 1), torch.cat(self.lacking, 1)  # (J, N)
+        guides = {
+            member.name: {"mean": float(own[j].mean()), "disagreement": float(lacking[j].double().mean())}
+            for j, member in enumerate(self.members)
+        }
+        each = self.num_particles // len(self.members)
+        return LogMarginal(
+            **{name: self.columns[name] for name in _NUMBERS},
+            status=np.array(STATUSES)[self.columns["status"].long().cpu().numpy()],
+            num_particles=self.num_particles,
+            method=f"mixture of {len(self.members)} guides",
+            provenance=provenance | {"particles_of_each_guide": each, "guides": guides},
+        )
