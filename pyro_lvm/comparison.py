@@ -94,7 +94,8 @@ class Comparison:
         rows: `ComparisonRow` in their rank.
         ranked_by: ``"elbo"`` where all rows share one model, so that log p(x) cancels in every difference, which is
             then a difference of KL(q || p(z | x)); ``"value"`` (log p-hat) across models.
-        reference: shared exact or better log p(x) that gaps are measured from, or None.
+        reference: shared log p(x) that gaps are measured from: given, of an exact row, or of all guides pooled; else
+            None.
         notes: what the numbers cover and what they do not.
     """
 
@@ -139,14 +140,14 @@ class Comparison:
 
     def _cells(self, row: ComparisonRow, seeds: bool, memory: bool) -> tuple[str, ...]:
         difference, error = self.difference(row.name)
-        ess = torch.cat([run.ess / run.num_particles for run in row.runs]).median()
+        ess = torch.cat([run.efficiency for run in row.runs]).median()
         cells = [
             row.name,
             f"{row.elbo:.3f}",
             row.quoted,
             "" if row is self.rows[0] else f"{difference:.3f} +- {error:.2g}",
             f"{round(self.gap(row.name), 3) + 0.0:.3f}",  # no minus zero
-            "/".join(str(k) for k in sorted({run.num_particles for run in row.runs})),
+            "/".join(sorted({run.particles_in_words for run in row.runs}, key=lambda k: (len(k), k))),
             f"{float(ess):.2f}",
             ", ".join(f"{word} {share:.0%}" for word, share in row.status_shares().items()),
             f"{row.num_parameters:,}" if row.num_parameters else "",

@@ -140,12 +140,13 @@ def verdict(comparison: Any, row: Any) -> str:
         ('ranked first', 'log p(x)')
     """
     rounding = sorted({run.rounding.strip().rstrip(".") for run in row.runs} - {""})
-    clauses = (_of_the_rank(comparison, row), _of_the_value(row), *_of_the_reference(comparison, row), *rounding)
+    below = _below_the_reference(comparison, row) > 0
+    clauses = (_of_the_rank(comparison, row), _of_the_value(row, below), *_of_the_reference(comparison, row), *rounding)
     return "; ".join(clauses) + "."
 
 
-def _of_the_value(row: Any) -> str:
-    """Whether log p-hat may be quoted, and how."""
+def _of_the_value(row: Any, below: bool) -> str:
+    """Whether log p-hat may be quoted, and how; not if it lies ``below`` the reference."""
     shares = row.status_shares()
     if doubts := ", ".join(sorted({run.doubt for run in row.runs} - {""})):
         low = ", and likely too low there" if "unreliable" in shares else ""
@@ -157,22 +158,35 @@ def _of_the_value(row: Any) -> str:
         return f"log p(x) = {row.log_marginal:.3f} may be quoted if the guide covers the whole posterior"
     instead = " with its bias, which a \u00b1 would hide" if "bias" in row.quoted else ""
     quoted = row.quoted.replace("+-", "\u00b1")
+    if below:
+        return f"log p-hat = {quoted} is not to be quoted as log p(x), which is larger"
     quotable = f"log p-hat = {quoted} may be quoted{instead}"
+    if "disagreement" in shares:
+        quotable += f", with the mass of all its guides, which disagree on {shares['disagreement']:.1%} of the data"
     if "heavy_tail" in shares:
         return f"{quotable}, and its error is optimistic for the {shares['heavy_tail']:.1%} with heavy tails"
+    if "disagreement" in shares:
+        return f"{quotable}, but mass that none of them proposes is not seen"
     return f"{quotable}, and no fault was found, but a mode that the guide misses is not seen"
 
 
 def _of_the_reference(comparison: Any, row: Any) -> tuple[str, ...]:
-    """Whether log p-hat agrees with the reference, up to three standard errors over data or draws."""
+    """Whether log p-hat agrees with the reference."""
     if comparison.reference is None:
         return ()
+    if not (below := _below_the_reference(comparison, row)):
+        return ("log p-hat agrees with the reference",)
+    return (f"log p-hat lies {abs(below):.3f} nats {'below' if below > 0 else 'above'} the reference",)
+
+
+def _below_the_reference(comparison: Any, row: Any) -> float:
+    """The reference less log p-hat, in nats; 0 without one, and up to three standard errors over data or draws."""
+    if comparison.reference is None:
+        return 0.0
     paired = comparison.reference.value - row.mean_over_runs("value").to(comparison.reference.value.device)  # (N,)
     mean, error = _mean(paired)
     own = (row.stderr**2 + comparison.reference.mean_stderr**2) ** 0.5
-    if abs(mean) <= 3 * max(error, own) + 1e-6:
-        return ("log p-hat agrees with the reference",)
-    return (f"log p-hat lies {abs(mean):.3f} nats {'below' if mean > 0 else 'above'} the reference",)
+    return mean if abs(mean) > 3 * max(error, own) + 1e-6 else 0.0
 
 
 def _of_the_rank(comparison: Any, row: Any) -> str:
@@ -255,7 +269,7 @@ def _sources(comparison: Any) -> Iterator[str]:
 def _source(name: str, run: Any) -> str:
     provenance = run.provenance
     ordered = {key: provenance[key] for key in (*_FIRST, *provenance) if key in provenance}
-    found = [("method", run.method), ("K", run.num_particles), *_flat(ordered)]
+    found = [("method", run.method), ("K", run.particles_in_words), *_flat(ordered)]
     items = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in found)
     return f"<details><summary>{_text(name)}</summary><dl>{items}</dl></details>"
 

@@ -123,6 +123,108 @@ def test_what_the_errors_cover_is_said():
     assert "do not cover training" in str(lvm.compare(ROWS, X))
 
 
+def square(x):
+    """Two modes, near the square roots of x."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 2.0))
+        pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+
+
+def on(loc):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_tensor(loc), 0.14))
+
+    return guide
+
+
+def test_the_reference_pools_the_guides_of_all_rows():
+    """Each guide is on one of two modes: by its own log p-hat its gap is small, by that of both it is log 2 larger."""
+    x = torch.full((20,), 4.0, dtype=torch.float64)
+    result = lvm.compare({"left": (square, on(-1.97)), "right": (square, on(1.97))}, x)
+    truth = lvm.evidence.quadrature(square, x[:1]).mean
+    assert result.reference.mean == pytest.approx(truth, abs=5 * result.reference.mean_stderr)
+    assert result.reference.num_particles == 2 * 1000
+    for row in result.rows:
+        assert row.status_shares() == {"no_fault_found": 1.0}
+        assert row.log_marginal == pytest.approx(truth - math.log(2), abs=0.01)
+        assert result.gap(row.name) == result.reference.mean - row.elbo
+        assert result.gap(row.name) == pytest.approx(math.log(2), abs=0.05)
+    text = " ".join(result.notes)
+    assert "the reference is pooled: a mixture of 2 guides with K = 1000 draws of each, mean " in text
+    assert "mass that another one sees is missed by left on 100.0% of the data, right on 100.0% of the data" in text
+    assert " seconds." in text
+    frame = result.to_pandas()
+    assert frame.loc["left", "gap"] == result.gap("left")
+
+
+def test_the_reference_of_guides_that_agree():
+    rows = {
+        "off": ROWS["off"],
+        "runs": [ROWS["wide"], (model, gaussian(4.0, 0.1))],
+        "other": (model, gaussian(0.1, 0.8)),
+    }
+    result = lvm.compare(rows, X, num_particles=500)
+    assert result.reference.provenance["particles_of_each_guide"] == 334  # about 2 K in all
+    assert list(result.reference.provenance["guides"]) == ["off", "runs", "other"]  # of several runs the first
+    assert result.reference.mean == pytest.approx(float(LOG_PX.mean()), abs=5 * result.reference.mean_stderr)
+    assert "disagree" not in " ".join(result.notes)
+    again = lvm.compare(rows, X, num_particles=500)
+    assert torch.equal(again.reference.value, result.reference.value)
+
+
+def test_an_exact_row_is_the_reference():
+    linear = lvm.models.LinearGaussian(1, 2).double()
+    x = torch.stack([X, -X], -1)
+    rows = {"guide": (linear, lvm.guides.DiagonalNormal(1, shared=True).double()), "exact": (linear, None)}
+    result = lvm.compare(rows, x, num_particles=50)
+    assert result.reference.status_shares() == {"exact": 1.0}
+    assert result.gap("exact") == 0.0
+    assert "the reference is that of exact, which is exact" in " ".join(result.notes)
+
+
+def test_guides_that_cannot_be_pooled_leave_each_row_its_own():
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7], dtype=torch.float64)))
+            z = pyro.sample("z", dist.Normal(k.double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def with_k(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5], dtype=torch.float64)))
+            pyro.sample("z", dist.Normal((x + k) / 2, 1.0))
+
+    result = lvm.compare({"summed": (mixture, gaussian(0.2, 1.0)), "drawn": (mixture, with_k)}, X, num_particles=200)
+    text = " ".join(result.notes)
+    assert result.reference is None
+    assert "There is no shared reference, for the guides cannot be pooled: guides: expected guides that draw" in text
+    assert "from each row's own log p-hat" in text
+    assert result.gap("drawn") == result.rows[-1].log_marginal - result.rows[-1].elbo
+
+
+@pytest.mark.parametrize("rows", [{"one": ROWS["wide"]}, {"wide": ROWS["wide"], "other": None}])
+def test_one_guide_or_two_models_have_no_pooled_reference(rows):
+    def wider(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 3.0), obs=x)
+
+    rows = {name: row or (wider, gaussian(0.0, 0.9)) for name, row in rows.items()}
+    result = lvm.compare(rows, X, num_particles=50)
+    assert result.reference is None
+    assert "pooled" not in " ".join(result.notes)
+
+
+def test_an_elbo_is_above_a_reference_only_beyond_its_errors():
+    exact = lvm.log_marginal(Exact(), None, X)
+    row = replace(exact, elbo=exact.value + 0.1)
+    for stderr, said in ((0.0, True), (1.0, False)):  # of the mean of 40: 0.16
+        reference = replace(exact, stderr=torch.full_like(X, stderr))
+        notes = " ".join(lvm.compare({"row": row}, X, reference=reference).notes)
+        assert ("above the reference" in notes) is said
+
+
 def test_doubt_is_a_note_and_no_warning_a_row():
     text = str(lvm.compare({"bad": (model, gaussian(3.0, 0.05))}, X, num_particles=200))
     assert "bad: log p-hat is unreliable for" in text

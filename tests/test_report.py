@@ -172,6 +172,11 @@ def one(record, reference=None, *others):
             "log p-hat = -1.500 \u00b1 0.07 may be quoted, and its error is optimistic for the 50.0% with heavy tails.",
         ),
         (
+            log_marginal([-1.0, -2.0], status=["no_fault_found", "disagreement"], stderr=0.1),
+            "log p-hat = -1.500 \u00b1 0.07 may be quoted, with the mass of all its guides, which disagree on 50.0% of "
+            "the data, but mass that none of them proposes is not seen.",
+        ),
+        (
             log_marginal([-1.0, -2.0], [-3.0, -4.0], status=["no_fault_found", "unreliable"], stderr=0.1),
             "log p-hat is not to be quoted as log p(x), for it is unreliable for 50.0% of the data, and likely too low "
             "there; the ELBO, -3.500, may be quoted as a lower bound.",
@@ -181,7 +186,7 @@ def one(record, reference=None, *others):
             "log p-hat is not to be quoted as log p(x), for it is no_support for 50.0% of the data.",
         ),
     ],
-    ids=["exact", "equal weights", "error", "bias", "heavy tail", "unreliable", "no support"],
+    ids=["exact", "equal weights", "error", "bias", "heavy tail", "disagreement", "unreliable", "no support"],
 )
 def test_what_may_be_quoted(record, words):
     assert one(record) == f"ranked first; {words}"
@@ -209,6 +214,8 @@ def test_the_rank_with_its_error():
 def test_the_reference(reference, words):
     value = one(log_marginal([-2.0, -2.0], stderr=0.1), log_marginal(reference, status="exact"))
     assert value.endswith(f"; {words}.")
+    below = "log p-hat = -2.000 \u00b1 0.07 is not to be quoted as log p(x), which is larger; " in value
+    assert below is ("below" in words)
 
 
 def test_the_reference_has_a_verdict():

@@ -155,7 +155,7 @@ model: they are ranked by log p-hat, and another training seed may rank them oth
   ELBO         mean lower bound of log p(x), nats a datum
   log p-hat    mean estimate of log p(x) by K draws; biased low
   ... - best   paired difference to the first row, +- its standard error over data and draws
-  gap          log p(x) - ELBO = KL(q || p(z | x)), what the guide loses
+  gap          log p(x) - ELBO = KL(q || p(z | x)), what the guide loses; guides of one model are pooled for log p(x)
   ESS/K        share of the draws that count, median over data
   status       no_fault_found, heavy_tail (error too small), unreliable (a lower bound): `pyro-lvm evaluate --help`
 

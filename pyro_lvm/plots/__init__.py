@@ -4,6 +4,7 @@ Each function draws into ``ax`` and returns it; without one it makes a figure, w
 with ``savefig``. `comparison` and `inference_gap` have several panels and return the figure.
 """
 
+from pyro_lvm.plots.calibration import calibration
 from pyro_lvm.plots.comparisons import bounds, comparison, differences, gaps, inference_gap, statuses
 from pyro_lvm.plots.densities import density, posterior, responsibilities
 from pyro_lvm.plots.pictures import images, latents
@@ -11,6 +12,7 @@ from pyro_lvm.plots.records import ess, history, khat, log_weights, reliability
 
 __all__ = [
     "bounds",
+    "calibration",
     "comparison",
     "density",
     "differences",

@@ -38,9 +38,9 @@ BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#999999"
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", VERMILLION, "#000000", "#F0E442")
 #: Of further classes: those after the last colour begin with the first colour and another marker.
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
-#: Good to bad.
-STATUS_COLOURS = dict(zip(STATUSES, ("#000000", BLUE, "#009E73", "#F0E442", VERMILLION, "#CC79A7", GREY), strict=True))
-STATUS_MARKERS = dict(zip(STATUSES, ("s", "D", "o", "^", "v", "X", "P"), strict=True))
+_GOOD_TO_BAD = ("#000000", BLUE, "#009E73", "#F0E442", "#56B4E9", VERMILLION, "#CC79A7", GREY)
+STATUS_COLOURS = dict(zip(STATUSES, _GOOD_TO_BAD, strict=True))
+STATUS_MARKERS = dict(zip(STATUSES, ("s", "D", "o", "^", "*", "v", "X", "P"), strict=True))
 
 
 def axes(ax: "Axes | None", figsize: tuple[float, float] = (5.0, 3.6)) -> "Axes":

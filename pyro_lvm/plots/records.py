@@ -111,7 +111,7 @@ def khat(record: Any, ax: "Axes | None" = None) -> "Axes":
     _check_diagnosed(record)
     ax = axes(ax)
     values = record.khat.cpu().numpy()  # (N,)
-    threshold = khat_threshold(record.num_particles)
+    threshold = khat_threshold(int(_particles(record).min()))
     lines = {0.5: "variance up to 0.5"}
     if threshold > 0:
         lines[threshold] = f"usable up to {threshold:.2g}"
@@ -148,13 +148,13 @@ def ess(record: Any, ax: "Axes | None" = None) -> "Axes":
     _check_diagnosed(record)
     ax = axes(ax)
     ax.axhline(1 / record.num_particles, color="0.4", linestyle="--", linewidth=1, label="1 / K: one draw")
-    missing = _by_status(ax, record.ess.cpu().numpy() / record.num_particles, record.status)
+    missing = _by_status(ax, record.ess.cpu().numpy() / _particles(record), record.status)
     if missing:
         ax.plot([], [], " ", label=f"no weight: {missing}")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda value, place: f"{value:g}")  # 0.01 instead of a power
     ax.set(xlabel="data, sorted", ylabel="ESS / K", ylim=(0.7 / record.num_particles, 1.3))
-    ax.set_title(f"effective sample size, K = {record.num_particles}")
+    ax.set_title(f"effective sample size, K = {getattr(record, 'particles_in_words', record.num_particles)}")
     legend_below(ax)
     return ax
 
@@ -163,6 +163,12 @@ def _check_diagnosed(record: Any) -> None:
     cure = "Pass what `log_marginal` or `expectation` returned."
     fields = ("khat", "ess", "status", "num_particles")
     check_fields("record", record, "a LogMarginal or an Expectation", fields, cure)
+
+
+def _particles(record: Any) -> np.ndarray:
+    """K of each datum; an `Expectation` has one for all."""
+    own = getattr(record, "particles", None)
+    return np.array([record.num_particles]) if own is None else own.cpu().numpy()
 
 
 def _by_status(ax: "Axes", values: np.ndarray, status: np.ndarray) -> int:
