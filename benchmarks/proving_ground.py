@@ -1,0 +1,312 @@
+r"""How far estimators of log p(x) can be trusted: all of them on pairs whose answers are known.
+
+Protocol. `pyro_lvm.testing.proving_ground()` has the pairs, 16 or 32 data each, and their exact log p(x). Each
+estimator runs with its own defaults (importance, prior: K = 1000; pooled: K = 1000 of each guide; annealed: 100 chains
+of 200 to 2000 steps, as its pilot says) and with several seeds, annealing with fewer; nothing was tuned for any pair.
+A case is one datum of one pair with one seed. Shares and means are taken over the cases of a pair, and then over the
+pairs, so that each pair counts alike. An estimator that refuses a pair is scored on the others. The rules of the recipe
+were fixed with other seeds than those of the report.
+
+    error             value less the exact log p(x), nats
+    bias              mean error; in the first table of the cases that are not alarmed
+    wrong, right      |error| above 1 nat, below 0.1 nats
+    assured           status exact, zero_variance or no_fault_found
+    alarmed           status unreliable, no_support or nonfinite
+    false assurance   assured and wrong, as a share of all cases; and as a share of the wrong ones
+    false alarm       share of the right cases that are alarmed; and of those with disagreement, too
+    coverage          |error| <= 1.96 stderr + 1e-6, of the cases that are not alarmed
+    evaluations       of the model for each datum; one with a gradient counts as one, pilots of annealing not at all
+
+`python -m benchmarks.proving_ground` measures all, `--only NAME` some estimators; with `--cache FILE` what was measured
+is not measured again. An estimator of one's own is a line in ESTIMATORS, a combination of others one in RECIPES.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+
+import pyro_lvm as lvm
+from benchmarks import proving_ground_tables
+from benchmarks.proving_ground_scores import Answer, scored
+from pyro_lvm import evidence
+from pyro_lvm.ops import DOUBTFUL
+from pyro_lvm.testing import ProvingPair, proving_ground
+
+Estimator = Callable[[ProvingPair, int], lvm.LogMarginal]
+
+
+#: name -> estimate of a pair with a seed.
+ESTIMATORS: dict[str, Estimator] = {
+    "importance": lambda p, seed: evidence.importance(p.model, p.guide, p.x, seed=seed),
+    "prior": lambda p, seed: evidence.prior(p.model, p.x, seed=seed),
+    "pooled with the prior": lambda p, seed: evidence.pooled(p.model, [p.guide, None], p.x, seed=seed),
+    "annealed from the guide": lambda p, seed: evidence.annealed(p.model, p.guide, p.x, seed=seed),
+    "annealed from the prior": lambda p, seed: evidence.annealed(p.model, None, p.x, seed=seed),
+    "enumeration": lambda p, seed: evidence.enumeration(p.model, p.x),
+    "quadrature": lambda p, seed: evidence.quadrature(p.model, p.x),
+}
+EXPENSIVE = ("annealed from the guide", "annealed from the prior")
+WITHOUT_SEED = ("enumeration", "quadrature")
+
+Answers = Mapping[str, Answer | None]
+
+
+def settled(answers):
+    """Of estimates (value, stderr, status), all biased low, one for each datum: again (value, stderr, status)."""
+    value, stderr, status = (np.stack(parts) for parts in zip(*answers, strict=True))  # (A, N)
+    alarmed = np.isin(status, DOUBTFUL)
+    quoted = np.where(alarmed, -np.inf, value)
+    top = quoted.argmax(0)[None]  # the highest that does not warn
+    near = ~alarmed & (quoted.max(0) - value <= 0.1 + 3 * np.hypot(stderr, np.take_along_axis(stderr, top, 0)))
+    best = np.where(near.any(0), np.where(near, stderr, np.inf).argmin(0), np.nan_to_num(value).argmax(0))[None]
+    value_, stderr_, status_ = (np.take_along_axis(part, best, 0)[0] for part in (value, stderr, status))
+    status_ = np.where((~alarmed & ~near).any(0), "disagreement", status_)  # one of them has missed something
+    status_ = np.where((alarmed & (value > value_ + 1)).any(0), "unreliable", status_)  # too high by 1: P < 1 / e
+    return value_, stderr_, status_
+
+
+def pooled_then_annealed(answers: Answers) -> Answer | None:
+    """The recipe of the documentation: pool the guide with the prior; anneal, from both, what is in doubt."""
+    first = answers["pooled with the prior"] or answers["importance"]
+    ends = [end for end in (answers[name] for name in EXPENSIVE) if end]
+    if not first or not ends:
+        return first
+    columns = [(each.value, each.stderr, each.status) for each in (first, *ends)]
+    doubt, share = first.alarmed, float(first.alarmed.mean())  # annealing is paid for these data alone
+    value, stderr, status = (np.where(doubt, new, old) for new, old in zip(settled(columns), columns[0], strict=True))
+    return Answer(
+        value,
+        stderr,
+        status,
+        evaluations=first.evaluations + share * sum(end.evaluations for end in ends),
+        seconds=first.seconds + share * sum(end.seconds for end in ends),
+    )
+
+
+#: name -> what is made of the answers of estimators, None where it cannot be made.
+RECIPES: dict[str, Callable[[Answers], Answer | None]] = {"pooled, then annealed": pooled_then_annealed}
+RECOMMENDED = "pooled, then annealed"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of seeds."""
+
+    seeds: int = 5
+    annealed_seeds: int = 2
+    first_seed: int = 100
+
+    def of(self, name: str) -> range:
+        """The seeds of an estimator or recipe."""
+        many = self.annealed_seeds if name in (*EXPENSIVE, *RECIPES) else self.seeds
+        return range(self.first_seed, self.first_seed + (1 if name in WITHOUT_SEED else many))
+
+
+SMOKE = Settings(seeds=1, annealed_seeds=1)
+SMOKE_PAIRS = ("exact-2d", "mirrored-1d", "missed-class")
+
+#: (estimator, pair, seed) -> answer, or the words of a refusal.
+Found = dict[tuple[str, str, int], Answer | str]
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=ESTIMATORS, help="may be given several times")
+    parser.add_argument("--cache", type=Path, help="a file that keeps all answers; those in it are not asked again")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--page", type=Path, help="a page of the documentation, whose tables are replaced")
+    parser.add_argument("--smoke", action="store_true", help="one seed, three pairs, to see that it runs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", lvm.UnreliableEstimateWarning)  # the tables say it
+    pairs = [pair for pair in proving_ground() if not args.smoke or pair.name in SMOKE_PAIRS]
+    settings = SMOKE if args.smoke else Settings()
+    found: Found = torch.load(args.cache, weights_only=False) if args.cache and args.cache.exists() else {}
+    for name in args.only or ESTIMATORS:
+        start = time.perf_counter()
+        for pair in pairs:
+            ask(found, name, pair, settings.of(name))
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        if args.cache:
+            torch.save(found, args.cache)
+    report = {"protocol": __doc__, "settings": asdict(settings)} | made_of(found, pairs, settings)
+    args.out.write_text(json.dumps(rounded(report), indent=1) + "\n", encoding="utf-8")
+    report = json.loads(args.out.read_text(encoding="utf-8"))
+    print(proving_ground_tables.printed(report))
+    if args.page:
+        page = args.page.read_text(encoding="utf-8")
+        args.page.write_text(proving_ground_tables.fill(page, report), encoding="utf-8")
+
+
+def ask(found: Found, name: str, pair: ProvingPair, seeds: Iterable[int]) -> None:
+    """Put the answers of an estimator on a pair into ``found``, or why it has none."""
+    for seed in seeds:
+        if (name, pair.name, seed) in found:
+            continue
+        start = time.perf_counter()
+        try:
+            record = ESTIMATORS[name](pair, seed)
+        except lvm.PyroLVMError as refusal:
+            found[name, pair.name, seed] = f"{type(refusal).__name__}: {refusal}"
+            return
+        found[name, pair.name, seed] = answer(record, time.perf_counter() - start)
+
+
+def answer(record: lvm.LogMarginal, seconds: float) -> Answer:
+    """A record as an answer."""
+    evaluations = record.num_particles
+    if course := record.provenance.get("annealing"):
+        evaluations *= float(np.mean(course["num_steps"])) * course["num_leapfrog"]
+    return Answer(record.value.numpy(), record.stderr.numpy(), record.status, evaluations, seconds)
+
+
+def made_of(found: Found, pairs: Sequence[ProvingPair], settings: Settings) -> dict[str, Any]:
+    """The report of all that was found, and of what takes no time."""
+    known = {name for name, _, _ in found}
+    procedures = {name: of_estimator(found, name) for name in ESTIMATORS if name in known}
+    needed = {*EXPENSIVE, "importance", "pooled with the prior"}
+    if needed <= known:
+        procedures |= {name: of_recipe(found, name, pairs, settings) for name in RECIPES}
+    return {
+        "versions": {"pyro_lvm": lvm.__version__, "pyro": pyro.__version__, "torch": torch.__version__},
+        "date": date.today().isoformat(),
+        "minutes": sum(each.seconds for each in found.values() if isinstance(each, Answer)) / 60,
+        "pairs": [described(pair) for pair in pairs],
+        "procedures": {name: scored(answers, pairs) for name, answers in procedures.items()},
+        "refused": refusals(found),
+        "where the guide fails": rescued(found, pairs) if needed <= known else [],
+        "modes": [row for pair in pairs if pair.guides for row in one_mode(pair)],
+        "expectation": [row for pair in pairs if pair.mean is not None for row in [moments(pair)]],
+    }
+
+
+def of_estimator(found: Found, name: str) -> dict[str, list[Answer]]:
+    """Answers by pair."""
+    answers: dict[str, list[Answer]] = {}
+    for (estimator, pair, _), each in found.items():
+        if estimator == name and isinstance(each, Answer):
+            answers.setdefault(pair, []).append(each)
+    return answers
+
+
+def of_recipe(found: Found, name: str, pairs: Sequence[ProvingPair], settings: Settings) -> dict[str, list[Answer]]:
+    """Answers by pair, for the seeds that all its parts have."""
+    answers: dict[str, list[Answer]] = {}
+    for pair in pairs:
+        for seed in settings.of(name):
+            parts = {part: found.get((part, pair.name, seed)) for part in ESTIMATORS}
+            made = RECIPES[name]({part: each if isinstance(each, Answer) else None for part, each in parts.items()})
+            if made:
+                answers.setdefault(pair.name, []).append(made)
+    return answers
+
+
+def refusals(found: Found) -> dict[str, dict[str, str]]:
+    """Estimator -> pair -> the first words of why not."""
+    rows: dict[str, dict[str, str]] = {}
+    for (name, pair, _), each in found.items():
+        if isinstance(each, str):
+            rows.setdefault(name, {})[pair] = each[:160]
+    return rows
+
+
+def described(pair: ProvingPair) -> dict[str, Any]:
+    """What a pair is."""
+    names = ("name", "tags", "latent_dim", "continuous", "misled", "source")
+    return {name: getattr(pair, name) for name in names} | {"num_data": len(pair.x)}
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def in_errors(error: Any, stderr: Any) -> np.ndarray:
+    """|error| in units of the stated one, of which five allow for 0.001 in addition."""
+    return np.abs(np.asarray(error)) / (np.asarray(stderr) + 2e-4)
+
+
+def rescued(found: Found, pairs: Sequence[ProvingPair]) -> list[dict[str, Any]]:
+    """Annealing where importance sampling by the guide is unreliable."""
+    rows = []
+    for pair in pairs:
+        row: dict[str, Any] = {"pair": pair.name, "latent_dim": pair.latent_dim}
+        for name in EXPENSIVE:
+            scores, alarmed = [], []
+            for (estimator, of, seed), each in found.items():
+                first = found.get(("importance", of, seed))
+                if (estimator, of) == (name, pair.name) and isinstance(each, Answer) and isinstance(first, Answer):
+                    chosen = first.status == "unreliable"
+                    scores += in_errors(each.value - pair.log_prob.numpy(), each.stderr)[chosen].tolist()
+                    alarmed += each.alarmed[chosen].tolist()
+            row[name] = {
+                "cases": len(scores),
+                "worst": max(scores, default=None),
+                "beyond 5": sum(score > 5 for score in scores),
+                "beyond 5 without alarm": sum(s > 5 and not a for s, a in zip(scores, alarmed, strict=True)),
+            }
+        if row[EXPENSIVE[0]]["cases"]:
+            rows.append(row)
+    return rows
+
+
+def one_mode(pair: ProvingPair) -> list[dict[str, Any]]:
+    """Each guide alone, and all of them pooled, by one seed."""
+    guides = [pair.guide, *pair.guides]
+    alone = {f"guide {i + 1}": evidence.importance(pair.model, guide, pair.x, seed=0) for i, guide in enumerate(guides)}
+    rows = []
+    for name, record in (alone | {"pooled": evidence.pooled(pair.model, guides, pair.x, seed=0)}).items():
+        error = (record.value - pair.log_prob).numpy()
+        within = in_errors(error, record.stderr) <= 5
+        rows.append(
+            {
+                "pair": pair.name,
+                "proposal": name,
+                "error": float(np.median(error)),
+                "largest": float(abs(error).max()),
+                "stderr": float(record.stderr.median()),
+                "within 5": float(within.mean()),
+                "status": record.status_shares(),
+            }
+        )
+    return rows
+
+
+def moments(pair: ProvingPair) -> dict[str, Any]:
+    """E[z | x] and E[z^2 | x] by the guide, by one seed; a datum is as far off as its farthest coordinate."""
+    row: dict[str, Any] = {"pair": pair.name, "misled": pair.misled}
+    for name, fn, exact in (("z", lambda z: z, pair.mean), ("z^2", lambda z: z.square(), pair.square)):
+        found = lvm.expectation(pair.model, pair.guide, pair.x, fn, seed=0)
+        scores = in_errors(found.value.reshape(exact.shape) - exact, found.stderr.reshape(exact.shape))
+        worst = scores.reshape(len(pair.x), -1).max(1)  # (N,)
+        row[name] = {
+            word: {
+                "data": int((found.status == word).sum()),
+                "worst": float(worst[found.status == word].max()),
+                "beyond 5": int((worst > 5)[found.status == word].sum()),
+            }
+            for word in found.status_shares()
+        }
+    return row
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers of four significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
