@@ -72,9 +72,10 @@ def pooled(
         `LogMarginal`, results ``(N,)`` in nats, with ``num_particles`` = J K. Biased low. ``stderr``, ``bias`` and
         ``elbo_stderr`` are those of a stratified sample, which K draws of each guide are; ``elbo`` is that of the
         mixture as one guide; ``ess`` and ``khat`` are of all weights together. Status ``disagreement``: one guide's own
-        estimate lacks posterior mass that another guide proposes; the value holds the mass of all of them. Mass that
-        none proposes shows nowhere. ``provenance["guides"]`` has for each guide the mean of its own log p-hat and the
-        share of the data where it lacks mass, those with a worse status included.
+        estimate lacks posterior mass that another guide proposes; the value holds the mass of all of them. The prior
+        is not asked, for it mostly lacks some. Mass that none proposes shows nowhere. ``provenance["guides"]`` has for
+        each guide the mean of its own log p-hat and the share of the data where it lacks mass, those with a worse
+        status included.
 
     Raises:
         SiteError: guides draw or enumerate different sites, or one has no density at the draws of another.
@@ -163,15 +164,15 @@ def _member(
     name: str, model: Model, guide: Guide | None, source: Rows, data_plate: DataPlate, vectorize: Vectorize
 ) -> tuple[Member, dict[str, str]]:
     """A guide that finds its own parameters, also while those of the others are in their places; and what it is."""
-    guide = prior_guide(model) if guide is None else guide
+    program = prior_guide(model) if guide is None else guide
     try:
-        with evaluation(model, guide):
-            plan, pair = look(model, guide, source, data_plate, vectorize)
+        with evaluation(model, program):
+            plan, pair = look(model, program, source, data_plate, vectorize)
             params = current_params()
     except Exception as error:
         error.add_note(f"of guide {name!r}")
         raise
-    return Member(name, Fitted(model, params), Fitted(guide, params), plan, {}), pair
+    return Member(name, Fitted(model, params), Fitted(program, params), plan, {}, guide is None), pair
 
 
 def _digests(looks: Sequence[tuple[Member, dict[str, str]]], job: "_PooledJob") -> dict[str, Any]:

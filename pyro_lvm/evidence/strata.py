@@ -88,6 +88,7 @@ class Strata:
         own, own_errors = (torch.stack([getattr(part, name) for part in self.own]) for name in ("value", "stderr"))
         log_total = whole.value + math.log(whole.num_particles)
         missed = (self.missed - log_total).exp().nan_to_num(0.0)  # (J, N) share of the posterior
+        missed[[member.is_prior for member in self.mixture.members]] = 0.0  # that the prior lacks some is no news
         status, lacking = disagreement(whole.status, whole.value, stderr, own, own_errors, missed)
         bias = -0.5 * stderr.square()
         return replace(whole, stderr=stderr, bias=bias, elbo_stderr=elbo_stderr, status=status), own, lacking

@@ -34,6 +34,7 @@ class Member:
         plan: how they run.
         inverses: auxiliary site -> the latent that it determines, and the way back. An ``AutoNormal`` draws in
             unconstrained coordinates, and has a density at the draws of others once these are known there.
+        is_prior: whether it is the model's own prior, which nobody takes for the posterior.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Member:
     guide: Guide
     plan: Plan
     inverses: Mapping[str, tuple[str, Transform]]
+    is_prior: bool
 
     def given(self, draws: Draws) -> Draws:
         """Latents that any guide has drawn, in the form in which this one scores them."""

@@ -187,7 +187,7 @@ def test_the_numbers_by_definition():
     log_joint, log_q = rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 2, 4, 3))  # stratum (, guide), draw, datum
 
     class Stub:
-        members = ("one", "two")
+        members = (SimpleNamespace(is_prior=False),) * 2
         taken = [0, 0]
 
         def draw(self, index, size):
@@ -262,6 +262,14 @@ def test_the_prior_finds_the_mode_that_a_guide_misses():
     result = pooled(square, [on(1.97), None], FOUR, num_particles=10_000, seed=0)
     assert bool(((result.value - quadrature(square, FOUR).value).abs() < 4 * result.stderr).all())
     assert [found["disagreement"] for found in result.provenance["guides"].values()] == [1.0, 0.0]
+
+
+def test_that_the_prior_lacks_mass_is_no_news():
+    torch.manual_seed(0)
+    linear = lvm.models.LinearGaussian(20, 40).double()
+    result = pooled(linear, [linear.posterior_guide, None], linear.sample(5), seed=0)
+    assert "disagreement" not in result.status
+    assert [found["disagreement"] for found in result.provenance["guides"].values()] == [0.0, 0.0]
 
 
 def heavy(x):
