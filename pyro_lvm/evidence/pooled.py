@@ -149,11 +149,12 @@ def pool(
 
 
 def _named(guides: Any) -> dict[str, Guide | None]:
-    """Guides by name, those of a sequence by their number."""
+    """Guides by name, those of a sequence by their number, and the prior."""
     if not isinstance(guides, Sequence | Mapping) or isinstance(guides, str):
         cure = 'Pass [guide, other] or {"name": guide, ...}.'
         raise DataTypeError(refuse("guides", "a sequence or a dictionary of guides", type(guides).__name__, cure))
-    named = dict(guides) if isinstance(guides, Mapping) else {f"guide {i + 1}": g for i, g in enumerate(guides)}
+    numbered = (("prior" if guide is None else f"guide {i + 1}", guide) for i, guide in enumerate(guides))
+    named = dict(guides if isinstance(guides, Mapping) else numbered)
     if len(named) < 2:
         cure = "Of one guide: log_marginal(model, guide, x). None is the prior, as a second one."
         raise ShapeError(refuse("guides", "at least two", len(named), cure))

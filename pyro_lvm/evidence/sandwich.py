@@ -82,12 +82,13 @@ class Sandwich:
 
     def __repr__(self) -> str:
         annealing = self.provenance.get("annealing", {})
-        lower, upper = float(self.lower.mean()), float(self.upper.mean())
+        bounds = ((self.lower, self.lower_stderr), (self.upper, self.upper_stderr))
+        lower, upper = (f"{bound.mean():.4f} +- {error.norm() / len(self):.2g}" for bound, error in bounds)
         return "\n".join(
             [
                 f"Sandwich: {len(self)} simulated data, annealing from the {annealing.get('start', 'guide')}, "
                 f"K = {self.num_particles}, T = {annealing.get('num_steps')}",
-                f"  log p(x)  {lower:.4f} to {upper:.4f} nats, means of lower and upper bounds",
+                f"  log p(x)  lower {lower}, upper {upper} nats a datum, of the data's bounds",
                 f"  width     mean {float(self.width.mean()):.3g}, at most {float(self.width.max()):.3g} nats, with "
                 f"{_ERRORS:.0f} standard errors on each side",
                 f"  moves     accepted {annealing.get('acceptance', {}).get('mean', float('nan')):.0%}, at worst "
