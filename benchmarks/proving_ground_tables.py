@@ -104,7 +104,7 @@ def rescued(report: Report) -> TextTable:
     lines = []
     for row in report["where the guide fails"]:
         cells = []
-        for name in ("annealed from the guide", "annealed from the prior"):
+        for name in ("annealed from the guide", "annealed from the prior", "annealed from both"):
             part = row[name]
             worst = NOTHING if part["worst"] is None else f"{part['worst']:.1f}"
             cells += [worst, f"{part['beyond 5']} of {part['cases']}", str(part["beyond 5 without alarm"])]
@@ -115,6 +115,7 @@ def rescued(report: Report) -> TextTable:
         "dim",
         *(f"from the guide: {word}" for word in each),
         *(f"from the prior: {word}" for word in each),
+        *(f"from both: {word}" for word in each),
     )
     return TextTable(header, tuple(lines))
 

@@ -1,6 +1,7 @@
 """Annealed importance sampling, from the guide or from the prior, streamed over data and chains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyro_lvm.evidence.columns import COLUMNS, Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.pilot import PILOT_CHAINS, enough_steps, most_rows, tune
+from pyro_lvm.evidence.pooled import joined, named
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.verdict import warn_of_doubt
 from pyro_lvm.ops import STATUSES, WeightSummary
@@ -21,8 +23,9 @@ from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.coordinates import check_prior
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
+from pyro_lvm.tracing.mixture import Member
 from pyro_lvm.tracing.probe import Plan
-from pyro_lvm.tracing.proposals import prior_guide
+from pyro_lvm.tracing.proposals import finite_left_out
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import evaluation
 
@@ -31,7 +34,7 @@ __all__ = ["AnnealingJob", "annealed", "annealing_chunks", "look_at_start", "sta
 
 def annealed(
     model: Model,
-    guide: Guide | None,
+    guide: Guide | None | Sequence[Guide | None] | Mapping[str, Guide | None],
     x: Data,
     *args: Any,
     num_particles: int = 100,
@@ -53,14 +56,16 @@ def annealed(
     Each of K chains starts at a draw of the guide and moves, by Hamiltonian Monte Carlo with Metropolis correction,
     under :math:`q(z \mid x)^{1-b} p(x, z)^b` with b from 0 to 1. So the guide need not cover the posterior as a
     proposal has to, only find it. Where it is on one of several modes that are far apart the chains stay there too:
-    start at the prior, with ``guide=None``, to see them. Latents are moved in unconstrained coordinates.
+    ``[guide, None]`` starts at both guide and prior, with the mean of their densities for q, to see them. Latents are
+    moved in unconstrained coordinates.
 
     For each datum two pilots of 32 chains choose temperatures, steps and metrics, which are then frozen: the mean
     weight is unbiased for p(x), whatever they have chosen.
 
     Args:
         model: generative program p(x, z) with a gradient by z. Discrete latents that the guide lacks are summed out.
-        guide: variational program q(z | x) with continuous latents, and a density at any z; None starts at the prior.
+        guide: variational program q(z | x) with continuous latents, and a density at any z; None starts at the prior;
+            several, as in `pooled`, at all of them in equal parts.
         x: data ``(N, ...)``, read chunk by chunk; as in `log_marginal`.
         *args: further arguments of both programs; tensors with N rows go with x.
         num_particles: K, the number of chains.
@@ -113,15 +118,24 @@ def annealed(
     num_leapfrog = check_positive_int("num_leapfrog", num_leapfrog)
     chunks = check_chunks(chunks)
     source = data_source(x, args, data_args, device)
-    program, devices = start_of(model, guide), [device_of(source)]
-    with evaluation(model, program), torch.no_grad():
-        plan, pair = look_at_start(model, guide, program, source, data_plate, vectorize)
+    devices = [device_of(source)]
+    with started(model, guide, source, data_plate, vectorize) as start:
+        tables, plan = start.tables, start.tables.plan
         with evaluation_rng(0, devices), validation(False):
-            sizes = chunks or annealing_chunks(plan, model, program, source, num_particles)
+            sizes = chunks or annealing_chunks(plan, tables.model, tables.guide, source, num_particles)
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
-        tables = Tables(plan, model, program)
-        course = {"num_steps": num_steps, "num_leapfrog": num_leapfrog}
-        job = AnnealingJob(plan, pair, tables, source, num_particles, sizes, columns, **course)  # type: ignore[arg-type]
+        job = AnnealingJob(
+            plan,
+            start.pair,
+            tables,
+            source,
+            num_particles,
+            sizes,
+            columns,
+            num_steps=num_steps,
+            num_leapfrog=num_leapfrog,
+            others=start.others,
+        )
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
@@ -131,20 +145,49 @@ def annealed(
         status=np.array(STATUSES)[codes],
         num_particles=num_particles,
         method="annealed importance sampling",
-        provenance=provenance
-        | job.provenance()
-        | {"annealing": {"start": "prior" if guide is None else "guide"} | job.annealing()},
+        provenance=provenance | job.provenance() | {"annealing": {"start": start.name} | job.annealing()},
     )
     warn_of_doubt("LogMarginal", record.status, record.verdict)
     return record
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where chains begin: at draws of a guide, and of others.
+
+    Attributes:
+        name: of it.
+        tables: how the model and the first guide run.
+        pair: what they are.
+        others: further guides.
+    """
+
+    name: str
+    tables: Tables
+    pair: dict[str, Any]
+    others: tuple[Member, ...]
+
+
+@contextmanager
+def started(model: Model, guide: Any, source: Rows, data_plate: DataPlate, vectorize: Vectorize) -> Iterator[Start]:
+    """The pair, or the model with several guides, ready to be run."""
+    if isinstance(guide, Sequence | Mapping):
+        guides = named(guide)
+        pairs = {name: (model, each) for name, each in guides.items()}
+        with joined(pairs, source, data_plate, vectorize) as (members, pair):
+            first, *others = members
+            yield Start(", ".join(guides), Tables(first.plan, first.model, first.guide), pair, tuple(others))
+        return
+    program = start_of(model, guide)
+    with evaluation(model, program), torch.no_grad():
+        plan, about = look_at_start(model, guide, program, source, data_plate, vectorize)
+        yield Start("prior" if guide is None else "guide", Tables(plan, model, program), about, ())
+
+
 def start_of(model: Model, guide: Guide | None) -> Guide:
     """What draws the beginnings of chains; the prior leaves finite latents to enumeration."""
     check_program("model", model)
-    return (
-        guide if guide is not None else prior_guide(model, lambda fn: not getattr(fn, "has_enumerate_support", False))
-    )
+    return guide if guide is not None else finite_left_out(model)
 
 
 def look_at_start(
@@ -173,18 +216,20 @@ class AnnealingJob(Job):
     Attributes:
         num_steps: T, or None.
         num_leapfrog: steps of a move.
+        others: guides at whose draws chains begin, besides that of the pair.
         acceptance: rates of the data that are finished.
         steps: the number of steps of each of their chunks.
     """
 
     num_steps: int | None = field(kw_only=True)
     num_leapfrog: int = field(kw_only=True)
+    others: tuple[Member, ...] = ()
     acceptance: list[torch.Tensor] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
     def tuned(self, batch: Batch) -> tuple[Path, Course]:
         """The path of some data and how chains are to follow it."""
-        path = Path(self.plan, self.tables.model, self.tables.guide, batch)
+        path = Path(self.plan, self.tables.model, self.tables.guide, batch, self.others)
         course = tune(path, self.num_leapfrog)
         course = course.at(self.num_steps or enough_steps(course))
         self.now, self.rates = len(course.betas) - 1, torch.zeros_like(course.betas[0])

@@ -9,7 +9,9 @@ cancels. What chains of their own have chosen before (`evidence.pilot`) is froze
 p(x) whatever that is.
 """
 
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,8 @@ from pyro_lvm._typing import Guide, Model
 from pyro_lvm.ops.hmc import PathState, hmc_transition
 from pyro_lvm.tracing.batch import Batch
 from pyro_lvm.tracing.coordinates import pair_coordinates
+from pyro_lvm.tracing.mixture import Member
+from pyro_lvm.tracing.particles import Draws
 from pyro_lvm.tracing.probe import Plan
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import Proposal
@@ -37,22 +41,39 @@ class Path:
         dim: D.
     """
 
-    def __init__(self, plan: Plan, model: Model, guide: Guide, batch: Batch) -> None:
-        self.plan, self.batch = plan, batch
+    def __init__(self, plan: Plan, model: Model, guide: Guide, batch: Batch, others: Sequence[Member] = ()) -> None:
+        self.plan, self.batch, self.others = plan, batch, others
         self.coordinates = pair_coordinates(plan, model, guide, batch)
         self.proposal, self.runner = Proposal(plan, guide, batch), plan.model_runner(model)
+        self.proposals = [self.proposal, *(Proposal(other.plan, other.guide, batch) for other in others)]
         self.num_data, self.dim = self.coordinates.num_data, self.coordinates.dim
 
     def draw(self, num_particles: int) -> torch.Tensor:
-        """Coordinates of draws from the guide, ``(K, N, D)``."""
-        return self.coordinates.vector(self.proposal.draw(num_particles)[1])
+        """Coordinates of draws from the guides in equal parts, ``(K, N, D)``."""
+        count = len(self.proposals)
+        if count == 1:
+            return self.coordinates.vector(self.proposal.draw(num_particles)[1])
+        whole, rest = divmod(num_particles, count)
+        sizes = whole + (torch.randperm(count) < rest)  # who draws one more is left to chance, so that none counts more
+        parts = [proposal.draw(size)[1] for proposal, size in zip(self.proposals, sizes.tolist(), strict=True) if size]
+        return torch.cat([self.coordinates.vector(draws) for draws in parts])
 
     def tables(self, u: torch.Tensor) -> tuple[Table, Table, torch.Tensor]:
         """log q(z | x), log p(x, z), and log |dz/du|, ``(K, N)``."""
         draws, jacobian = self.coordinates.latents(u)
-        log_q = self.proposal.score(self.coordinates.guide_draws(u, draws), len(u))
         log_p, _ = self.runner.run(self.batch, self.plan.model_mode, len(u), draws)
-        return log_q, log_p, jacobian
+        return self._start(u, draws), log_p, jacobian
+
+    def _start(self, u: torch.Tensor, draws: Draws) -> Table:
+        """log of the mean density of the guides."""
+        log_q = self.proposal.score(self.coordinates.guide_draws(u, draws), len(u))
+        if not self.others:
+            return log_q
+        rest = zip(self.others, self.proposals[1:], strict=True)
+        log_qs = [log_q, *(proposal.score(other.given(draws), len(u)) for other, proposal in rest)]
+        totals = torch.stack([each.total.expand(len(u), self.num_data) for each in log_qs])  # (J, K, N)
+        magnitude = torch.stack([each.magnitude for each in log_qs]).amax(0)
+        return Table(totals.logsumexp(0) - math.log(len(log_qs)), magnitude)
 
     def state(self, u: torch.Tensor) -> PathState:
         """What `hmc_transition` asks for."""

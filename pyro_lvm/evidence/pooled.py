@@ -1,7 +1,8 @@
 """Several guides as one proposal: the mixture of them, and where they disagree on where the posterior is."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,15 @@ from pyro_lvm.evidence.verdict import warn_of_doubt
 from pyro_lvm.ops import STATUSES, WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
+from pyro_lvm.tracing.coordinates import check_prior
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.mixture import Member, Mixture, fit_together
 from pyro_lvm.tracing.params import Fitted, current_params
-from pyro_lvm.tracing.proposals import prior_guide
+from pyro_lvm.tracing.proposals import finite_left_out, prior_guide
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import evaluation
 
-__all__ = ["pool", "pooled"]
+__all__ = ["joined", "named", "pool", "pooled"]
 
 _NUMBERS = tuple(name for name in COLUMNS if name != "status")
 
@@ -108,7 +110,7 @@ def pooled(
         >>> print(f"{result.mean - own:.1f}", result.status[0])
         0.7 disagreement
     """
-    pairs = {name: (model, guide) for name, guide in _named(guides).items()}
+    pairs = {name: (model, guide) for name, guide in named(guides).items()}
     return pool(pairs, x, args, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress)
 
 
@@ -129,43 +131,74 @@ def pool(
     num_particles, chunks = check_positive_int("num_particles", num_particles), check_chunks(chunks)
     source = data_source(x, args, data_args, device)
     devices = [device_of(source)]
-    with torch.no_grad():
-        looks = [_member(name, *pair, source, data_plate, vectorize) for name, pair in pairs.items()]
-        programs = [program for member, _ in looks for program in (member.model, member.guide)]
-        with eval_mode(*programs), validation(False):
-            with evaluation_rng(0, devices):
-                members = fit_together([member for member, _ in looks], source)
-            total, plan = len(members) * num_particles, members[0].plan
-            sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
-            columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
-            tables = Tables(plan, members[0].model, members[0].guide)
-            job = _PooledJob(plan, looks[0][1], tables, source, total, sizes, columns, members=members)
-            with evaluation_rng(seed, devices):
-                job.run(progress)
+    with joined(pairs, source, data_plate, vectorize) as (members, pair):
+        total, plan = len(members) * num_particles, members[0].plan
+        sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
+        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+        tables = Tables(plan, members[0].model, members[0].guide)
+        job = _PooledJob(plan, pair, tables, source, total, sizes, columns, members=members)
+        with evaluation_rng(seed, devices):
+            job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    record = job.record(provenance | job.provenance() | _digests(looks, job))
+    record = job.record(provenance | job.provenance())
     warn_of_doubt("LogMarginal", record.status, record.verdict)
     return record
 
 
-def _named(guides: Any) -> dict[str, Guide | None]:
+def named(guides: Any) -> dict[str, Guide | None]:
     """Guides by name, those of a sequence by their number, and the prior."""
     if not isinstance(guides, Sequence | Mapping) or isinstance(guides, str):
         cure = 'Pass [guide, other] or {"name": guide, ...}.'
         raise DataTypeError(refuse("guides", "a sequence or a dictionary of guides", type(guides).__name__, cure))
     numbered = (("prior" if guide is None else f"guide {i + 1}", guide) for i, guide in enumerate(guides))
-    named = dict(guides if isinstance(guides, Mapping) else numbered)
-    if len(named) < 2:
-        cure = "Of one guide: log_marginal(model, guide, x). None is the prior, as a second one."
-        raise ShapeError(refuse("guides", "at least two", len(named), cure))
-    return named
+    found = dict(guides if isinstance(guides, Mapping) else numbered)
+    if len(found) < 2:
+        cure = "Pass a single guide as it is, not in a list, to what takes one. None is the prior, as a second one."
+        raise ShapeError(refuse("guides", "at least two", len(found), cure))
+    return found
+
+
+@contextmanager
+def joined(
+    pairs: Mapping[str, tuple[Model, Guide | None]], source: Rows, data_plate: DataPlate, vectorize: Vectorize
+) -> Iterator[tuple[tuple[Member, ...], dict[str, Any]]]:
+    """The guides as one mixture, ready to be run, and what they are: names of programs, digests of parameters."""
+    with torch.no_grad():
+        looks = _looks(pairs, source, data_plate, vectorize)
+        programs = [program for member, _ in looks for program in (member.model, member.guide)]
+        digests = {member.name: pair["parameters"] for member, pair in looks}
+        about = looks[0][1] | {"guide": [pair["guide"] for _, pair in looks], "parameters": digests}
+        with eval_mode(*programs), validation(False):
+            with evaluation_rng(0, [device_of(source)]):
+                members = fit_together([member for member, _ in looks], source)
+            yield members, about
+
+
+def _looks(
+    pairs: Mapping[str, tuple[Model, Guide | None]], source: Rows, data_plate: DataPlate, vectorize: Vectorize
+) -> list[tuple[Member, dict[str, str]]]:
+    """Each guide with its model, and what they are. The prior leaves out what the others leave to be summed."""
+    found = {
+        name: _member(name, model, guide, source, data_plate, vectorize)
+        for name, (model, guide) in pairs.items()
+        if guide is not None
+    }
+    summed = any(member.plan.match.enumerated for member, _ in found.values())
+    for name, (model, guide) in pairs.items():
+        if guide is None:
+            program = finite_left_out(model) if summed else prior_guide(model)
+            if summed:
+                with evaluation(model, program), evaluation_rng(0, [device_of(source)]):
+                    check_prior(model, program, source.rows(slice(0, len(source) if data_plate is None else 1)))
+            member, pair = _member(name, model, program, source, data_plate, vectorize)
+            found[name] = replace(member, is_prior=True), pair | {"guide": "prior"}
+    return [found[name] for name in pairs]
 
 
 def _member(
-    name: str, model: Model, guide: Guide | None, source: Rows, data_plate: DataPlate, vectorize: Vectorize
+    name: str, model: Model, program: Guide, source: Rows, data_plate: DataPlate, vectorize: Vectorize
 ) -> tuple[Member, dict[str, str]]:
     """A guide that finds its own parameters, also while those of the others are in their places; and what it is."""
-    program = prior_guide(model) if guide is None else guide
     try:
         with evaluation(model, program):
             plan, pair = look(model, program, source, data_plate, vectorize)
@@ -173,14 +206,7 @@ def _member(
     except Exception as error:
         error.add_note(f"of guide {name!r}")
         raise
-    return Member(name, Fitted(model, params), Fitted(program, params), plan, {}, guide is None), pair
-
-
-def _digests(looks: Sequence[tuple[Member, dict[str, str]]], job: "_PooledJob") -> dict[str, Any]:
-    """Names and parameters of all guides."""
-    parameters = {member.name: pair["parameters"] for member, pair in looks}
-    names = [pair["guide"] for _, pair in looks]
-    return {"guide": names, "sha256": {"parameters": parameters, "data": job.digest.hexdigest()}}
+    return Member(name, Fitted(model, params), Fitted(program, params), plan, {}, False), pair
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import SupportError
 from pyro_lvm.tracing.intercept import base_distribution, is_real, support
 
-__all__ = ["normal_guide", "prior_guide", "uniform_guide"]
+__all__ = ["finite_left_out", "normal_guide", "prior_guide", "uniform_guide"]
 
 
 def _every(fn: Any) -> bool:
@@ -26,6 +26,11 @@ def prior_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
     """q(z) = p(z) on every latent for whose distribution ``wanted`` holds; the others are left to enumeration."""
     check_program("model", model)
     return poutine.block(model, hide_fn=lambda msg: _hidden(msg, wanted))
+
+
+def finite_left_out(model: Model) -> Guide:
+    """q(z) = p(z) on the latents that cannot be summed out."""
+    return prior_guide(model, lambda fn: not getattr(fn, "has_enumerate_support", False))
 
 
 def uniform_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
