@@ -120,7 +120,7 @@ def disagreement(
     Two signs have to agree. The guide's own log p-hat lies below the pooled one by more than four standard errors of
     the two and 0.01 nats; and at least half of what it lacks, :math:`1 - e^{-\text{difference}}`, lies where it
     proposes next to nothing. A heavy tail gives the first without the second: what it lacks it proposes, and has drawn
-    too rarely. Measured (`tests/evidence/test_disagreement_rates.py`) on 26,000 data whose guides lack no mode, of 13
+    too rarely. Measured (``tests/evidence/test_disagreement_rates.py``) on 26,000 data whose guides lack no mode, of 13
     pairs in up to 50 dimensions with k-hat up to 1: with 1,000 draws of each guide 0.6 % show the first sign, 4 % where
     tails are heaviest, and none shows both; with 100 draws it is 2 %, 10 % and 0.13 %. A mode with a tenth of the mass,
     on which a guide has no draw, is found for all of 2,000 data.
