@@ -662,3 +662,18 @@ ORACLES: dict[str, Callable[[int], Pair]] = {
 ENUMERATED: dict[str, Callable[[int], Pair]] = {
     oracle.__name__: oracle for oracle in (mixture, dependent, inner_enumeration, no_latent)
 }
+
+
+def lognormal(scale: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """x ~ N(0, 1) whatever z is: log w is normal with standard deviation ``scale``, and p(x) is known."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_full((), scale), 1.0))
+
+    return model, guide

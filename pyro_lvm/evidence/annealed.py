@@ -5,31 +5,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from pyro_lvm._checks import check_chunks, check_positive_int, check_program
+from pyro_lvm._checks import check_chunks, check_positive_int
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.evidence.annealing import Course, Path, anneal
-from pyro_lvm.evidence.columns import COLUMNS, Columns
+from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.pilot import PILOT_CHAINS, enough_steps, most_rows, tune
-from pyro_lvm.evidence.pooled import joined, named
+from pyro_lvm.evidence.pooled import joined, named, prior_of_the_rest
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.verdict import warn_of_doubt
-from pyro_lvm.ops import STATUSES, WeightSummary
+from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
-from pyro_lvm.tracing.coordinates import check_prior
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.mixture import Member
 from pyro_lvm.tracing.probe import Plan
-from pyro_lvm.tracing.proposals import finite_left_out
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import evaluation
 
-__all__ = ["AnnealingJob", "annealed", "annealing_chunks", "look_at_start", "start_of"]
+__all__ = ["AnnealingJob", "annealed", "annealing_chunks", "look_at_start"]
 
 
 def annealed(
@@ -139,10 +136,9 @@ def annealed(
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    codes = columns["status"].long().cpu().numpy()
     record = LogMarginal(
-        **{name: columns[name] for name in COLUMNS if name != "status"},
-        status=np.array(STATUSES)[codes],
+        **columns.numbers,
+        status=columns.status,
         num_particles=num_particles,
         method="annealed importance sampling",
         provenance=provenance | job.provenance() | {"annealing": {"start": start.name} | job.annealing()},
@@ -178,25 +174,16 @@ def started(model: Model, guide: Any, source: Rows, data_plate: DataPlate, vecto
             first, *others = members
             yield Start(", ".join(guides), Tables(first.plan, first.model, first.guide), pair, tuple(others))
         return
-    program = start_of(model, guide)
+    program = guide or prior_of_the_rest(model, source, data_plate)
     with evaluation(model, program), torch.no_grad():
         plan, about = look_at_start(model, guide, program, source, data_plate, vectorize)
         yield Start("prior" if guide is None else "guide", Tables(plan, model, program), about, ())
-
-
-def start_of(model: Model, guide: Guide | None) -> Guide:
-    """What draws the beginnings of chains; the prior leaves finite latents to enumeration."""
-    check_program("model", model)
-    return guide if guide is not None else finite_left_out(model)
 
 
 def look_at_start(
     model: Model, guide: Guide | None, program: Guide, source: Rows, data_plate: DataPlate, vectorize: Vectorize
 ) -> tuple[Plan, dict[str, str]]:
     """As `look`, for chains that begin at draws of ``program``, which is the prior where the guide is None."""
-    if guide is None:
-        with evaluation_rng(0, [device_of(source)]):
-            check_prior(model, program, source.rows(slice(0, len(source) if data_plate is None else 1)))
     plan, pair = look(model, program, source, data_plate, vectorize)
     return plan, pair if guide is not None else pair | {"guide": "prior"}
 

@@ -1,8 +1,9 @@
 """The results of all data, filled from the front as chunks of data are finished: all that grows with their number."""
 
+import numpy as np
 import torch
 
-from pyro_lvm.ops import WeightSummary
+from pyro_lvm.ops import STATUSES, WeightSummary
 
 __all__ = ["COLUMNS", "Columns"]
 
@@ -27,6 +28,16 @@ class Columns:
     def __getitem__(self, name: str) -> torch.Tensor:
         """The results of one name so far."""
         return self._tensors[name][: self.done]
+
+    @property
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """All results so far but the status."""
+        return {name: self[name] for name in COLUMNS if name != "status"}
+
+    @property
+    def status(self) -> np.ndarray:
+        """The words."""
+        return np.array(STATUSES)[self["status"].long().cpu().numpy()]
 
     def add(self, summary: WeightSummary) -> None:
         """Append the results of a chunk of data."""

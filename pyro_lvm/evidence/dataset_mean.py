@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -17,7 +16,7 @@ from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.mean_record import LARGE_SHARE, DatasetMean
 from pyro_lvm.evidence.verdict import doubt, status_shares
-from pyro_lvm.ops import STATUSES, WeightAccumulator, status_names
+from pyro_lvm.ops import STATUSES, WeightAccumulator
 from pyro_lvm.ops.memory import keep_freed_memory
 from pyro_lvm.ops.multilevel import HalfSums, draw_levels, jackknife, level_probability
 from pyro_lvm.tracing.batch import Batch, DataArgs
@@ -122,7 +121,7 @@ def dataset_mean(
             job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
     record = job.record(provenance | job.provenance())
-    if not math.isfinite(record.value) or record.largest_share > LARGE_SHARE or doubt(job.status):
+    if not math.isfinite(record.value) or record.largest_share > LARGE_SHARE or doubt(job.columns.status):
         warn_caller(f"dataset_mean: {record.verdict}", UnreliableEstimateWarning)
     return record
 
@@ -203,11 +202,6 @@ class _MeanJob(Job):
                 self.estimates[now // size, start + at] += halves.difference() / level_probability(level)
                 done += len(at)
 
-    @property
-    def status(self) -> Any:
-        """Of the base weights of each datum, words."""
-        return np.array(status_names(self.columns["status"].long()))
-
     def record(self, provenance: dict[str, Any]) -> DatasetMean:
         """All of it in one record."""
         value, stderr, columns = self.columns["value"], self.columns["stderr"], self.columns
@@ -232,7 +226,7 @@ class _MeanJob(Job):
             num_particles=self.num_particles,
             particles=self.particles,
             levels=tuple(self.levels.flatten().bincount()[1:].tolist()),
-            status_shares=status_shares(self.status),
+            status_shares=status_shares(self.columns.status),
             infinite_variance=float((columns["khat"] > 0.5).double().mean()),
             largest_share=float(variances.max() / variances.sum()) if bool(variances.sum() > 0) else 0.0,
             provenance=provenance,

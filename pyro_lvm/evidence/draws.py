@@ -16,7 +16,7 @@ from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.record import to_arviz
 from pyro_lvm.evidence.resampling import Reservoir
 from pyro_lvm.evidence.verdict import status_shares, verdict, warn_of_doubt
-from pyro_lvm.ops import WeightSummary, status_names
+from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -256,7 +256,7 @@ class _DrawsJob(Job):
         def draw(num_particles: int) -> Table:
             table, draws = weighted_draws(self.plan, self.tables.model, proposal, num_particles)
             self.like = {n: draws[n] for n in (*self.plan.match.sampled, *self.plan.match.determined)}
-            rows = {name: self._data_second(latent.value) for name, latent in self.like.items()}
+            rows = {name: self.plan.model_layout.data_second(latent.value) for name, latent in self.like.items()}
             self.reservoir.update(table.total, rows)
             return table
 
@@ -266,9 +266,10 @@ class _DrawsJob(Job):
         """All particles of some data, and the densities at those that stay."""
         summary = super()._chunk(batch, done, bar)
         self.reservoir.shuffle()
-        draws = {n: replace(d, value=self._canonical(self.reservoir.values[n])) for n, d in self.like.items()}
+        layout = self.plan.model_layout
+        draws = {n: replace(d, value=layout.canonical(self.reservoir.values[n])) for n, d in self.like.items()}
         self.finished = _Finished(
-            {name: latent.per_datum(self.plan.model_layout) for name, latent in draws.items()},
+            {name: latent.per_datum(layout) for name, latent in draws.items()},
             log_likelihood(self.plan, self.tables.model, batch, draws, self.num_draws, self.chunks[1]),
             (self.reservoir.particle.sort(0).values.diff(dim=0) != 0).sum(0) + 1,
         )
@@ -279,15 +280,6 @@ class _DrawsJob(Job):
         super().keep(summary)
         self.parts.append(self.finished)
 
-    def _data_second(self, value: torch.Tensor) -> torch.Tensor:
-        """``(K, N, ...)`` of a canonical value; N is 1 in a joint result."""
-        layout = self.plan.model_layout
-        return value.unsqueeze(1) if layout.dim is None else value.movedim(1 + layout.nesting + layout.dim, 1)
-
-    def _canonical(self, value: torch.Tensor) -> torch.Tensor:
-        layout = self.plan.model_layout
-        return value.squeeze(1) if layout.dim is None else value.movedim(1, 1 + layout.nesting + layout.dim)
-
     def record(self, provenance: dict[str, Any]) -> PosteriorDraws:
         """All chunks in one."""
         first = self.parts[0].latents  # of a joint result there is one part, and no dimension for data
@@ -297,7 +289,7 @@ class _DrawsJob(Job):
             num_unique=torch.cat([part.num_unique for part in self.parts]),
             ess=self.columns["ess"],
             khat=self.columns["khat"],
-            status=np.array(status_names(self.columns["status"].long())),
+            status=self.columns.status,
             num_particles=self.num_particles,
             provenance=provenance,
         )

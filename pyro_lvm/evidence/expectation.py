@@ -15,7 +15,7 @@ from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.verdict import status_shares, verdict, warn_of_doubt
-from pyro_lvm.ops import RatioAccumulator, RatioSummary, WeightSummary, status_names
+from pyro_lvm.ops import RatioAccumulator, RatioSummary, WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -228,7 +228,7 @@ class MeansJob(Job):
     def record(self, provenance: dict[str, Any]) -> Expectation:
         """All chunks in one."""
         means = {f.name: torch.cat([getattr(part, f.name) for part in self.means]) for f in fields(RatioSummary)}
-        status = np.array(status_names(self.columns["status"].long()))
+        status = self.columns.status
         if self.plan.exact:  # nothing is drawn: one particle says all
             status = np.where(status == "unreliable", "exact", status)
             means["stderr"] = means["unweighted_stderr"] = torch.zeros_like(means["value"])

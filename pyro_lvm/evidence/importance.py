@@ -18,7 +18,6 @@ from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.resume import Checkpoint, fingerprint
 from pyro_lvm.evidence.targeted import TargetedJob, check_target
 from pyro_lvm.evidence.verdict import warn_of_doubt
-from pyro_lvm.ops import STATUSES
 from pyro_lvm.tracing.batch import DataArgs
 from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -165,24 +164,16 @@ def importance(
 
 def _record(job: Job, provenance: dict[str, Any]) -> LogMarginal:
     plan, columns = job.plan, job.columns
-    codes = columns["status"].long().cpu().numpy()
-    value, status, method = columns["value"], np.array(STATUSES)[codes], "importance sampling"
-    stderr, bias, elbo_stderr = columns["stderr"], columns["bias"], columns["elbo_stderr"]
+    numbers, status, method = columns.numbers, columns.status, "importance sampling"
     if plan.exact:
         method = "enumeration" if plan.match.enumerated else "exact density"
         status = np.where(status == "unreliable", "exact", status)  # K = 1 says nothing of a sum that has no noise
-        stderr = bias = elbo_stderr = torch.zeros_like(value)
+        numbers |= dict.fromkeys(("stderr", "bias", "elbo_stderr"), torch.zeros_like(numbers["value"]))
     return LogMarginal(
-        value=value,
-        stderr=stderr,
-        bias=bias,
-        elbo=columns["elbo"],
-        elbo_stderr=elbo_stderr,
-        ess=columns["ess"],
-        khat=columns["khat"],
+        **numbers,
         status=status,
         num_particles=job.num_particles,
         method=method,
-        particles=job.particles[: columns.done].double() if isinstance(job, TargetedJob) else torch.empty(0),
+        particles=job.granted,
         provenance=provenance | job.provenance(),
     )

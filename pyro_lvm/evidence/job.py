@@ -115,6 +115,11 @@ class Job:
         """A function of K that draws a table ``(K, N)`` of these data; ``num_weights`` are to come in all."""
         return self.tables.of(batch, num_weights)
 
+    @property
+    def granted(self) -> torch.Tensor:
+        """Particles of each datum that is finished, ``(N,)``."""
+        return torch.full_like(self.columns["value"], self.num_particles)
+
     def keep(self, summary: WeightSummary) -> None:
         """Take the results of a chunk that is finished."""
         self.columns.add(summary)

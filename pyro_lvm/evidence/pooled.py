@@ -5,19 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from pyro_lvm._checks import check_chunks, check_positive_int, refuse
+from pyro_lvm._checks import check_chunks, check_positive_int, check_program, refuse
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError
-from pyro_lvm.evidence.columns import COLUMNS, Columns
+from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.strata import Strata
 from pyro_lvm.evidence.verdict import warn_of_doubt
-from pyro_lvm.ops import STATUSES, WeightSummary
+from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.coordinates import check_prior
@@ -28,9 +27,7 @@ from pyro_lvm.tracing.proposals import finite_left_out, prior_guide
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import evaluation
 
-__all__ = ["joined", "named", "pool", "pooled"]
-
-_NUMBERS = tuple(name for name in COLUMNS if name != "status")
+__all__ = ["joined", "named", "pool", "pooled", "prior_of_the_rest"]
 
 
 def pooled(
@@ -186,13 +183,23 @@ def _looks(
     summed = any(member.plan.match.enumerated for member, _ in found.values())
     for name, (model, guide) in pairs.items():
         if guide is None:
-            program = finite_left_out(model) if summed else prior_guide(model)
-            if summed:
-                with evaluation(model, program), evaluation_rng(0, [device_of(source)]):
-                    check_prior(model, program, source.rows(slice(0, len(source) if data_plate is None else 1)))
+            program = prior_of_the_rest(model, source, data_plate) if summed else prior_guide(model)
             member, pair = _member(name, model, program, source, data_plate, vectorize)
             found[name] = replace(member, is_prior=True), pair | {"guide": "prior"}
     return [found[name] for name in pairs]
+
+
+def prior_of_the_rest(model: Model, source: Rows, data_plate: DataPlate) -> Guide:
+    """The prior on all latents but the finite ones, which are left to be summed out.
+
+    Raises:
+        SupportError: it has no density that is known without them.
+    """
+    check_program("model", model)
+    prior = finite_left_out(model)
+    with evaluation(model, prior), evaluation_rng(0, [device_of(source)]), torch.no_grad():
+        check_prior(model, prior, source.rows(slice(0, len(source) if data_plate is None else 1)))
+    return prior
 
 
 def _member(
@@ -240,8 +247,8 @@ class _PooledJob(Job):
         }
         each = self.num_particles // len(self.members)
         return LogMarginal(
-            **{name: self.columns[name] for name in _NUMBERS},
-            status=np.array(STATUSES)[self.columns["status"].long().cpu().numpy()],
+            **self.columns.numbers,
+            status=self.columns.status,
             num_particles=self.num_particles,
             method=f"mixture of {len(self.members)} guides",
             provenance=provenance | {"particles_of_each_guide": each, "guides": guides},

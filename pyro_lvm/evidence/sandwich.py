@@ -8,10 +8,11 @@ import torch
 
 from pyro_lvm._checks import check_chunks, check_positive_int
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
-from pyro_lvm.evidence.annealed import AnnealingJob, annealing_chunks, look_at_start, start_of
+from pyro_lvm.evidence.annealed import AnnealingJob, annealing_chunks, look_at_start
 from pyro_lvm.evidence.annealing import anneal
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_source, device_of
+from pyro_lvm.evidence.pooled import prior_of_the_rest
 from pyro_lvm.ops import WeightAccumulator, WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs
 from pyro_lvm.tracing.captured_weights import Tables
@@ -166,7 +167,7 @@ def sandwich(
     num_leapfrog = check_positive_int("num_leapfrog", num_leapfrog)
     chunks = check_chunks(chunks)
     given = data_source(x, args, data_args, device)
-    program, devices = start_of(model, guide), [device_of(given)]
+    program, devices = guide or prior_of_the_rest(model, given, data_plate), [device_of(given)]
     with evaluation(model, program), torch.no_grad(), evaluation_rng(seed, devices):
         with validation(False):
             template = given.rows(slice(0, len(given)))

@@ -135,9 +135,14 @@ class TargetedJob(Job):
                     found.setdefault(name, column.new_empty(size))[at] = column
         return WeightSummary(**found, num_particles=self.num_particles)
 
+    @property
+    def granted(self) -> torch.Tensor:
+        """As in `Job`: those that it got."""
+        return self.particles[: self.columns.done].double()
+
     def provenance(self) -> dict[str, Any]:
         """As in `Job`, and what the target took."""
-        done = self.particles[: self.columns.done]
+        done = self.granted
         spent = {"target": self.target, "pilot": self.spent, "final": int(done.sum())}
         spent |= {"over_budget": int((self.needed > self.num_particles).sum())}
         return super().provenance() | {"target_stderr": spent}

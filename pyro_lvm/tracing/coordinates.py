@@ -5,23 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributions import biject_to, constraints
 
 from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import PlateError, SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch
-from pyro_lvm.tracing.intercept import Site, Trace, is_latent, is_real, run, support, vectorised_frames
+from pyro_lvm.tracing.intercept import Site, Trace, bijection, is_latent, run, support, vectorised_frames
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.particles import Draws, Latent, Layout
 from pyro_lvm.tracing.probe import Plan
-from pyro_lvm.tracing.sites import is_delta, mask_of
-from pyro_lvm.tracing.tables import agree
-from pyro_lvm.tracing.weights import Proposal
+from pyro_lvm.tracing.sites import UNCONSTRAINED, is_delta, mask_of
+from pyro_lvm.tracing.weights import Proposal, check_scores
 
-__all__ = ["UNCONSTRAINED", "Axis", "Coordinates", "check_prior", "make_axis", "pair_coordinates"]
-
-UNCONSTRAINED = "_unconstrained"  # what an AutoNormal draws in the place of a site
+__all__ = ["Axis", "Coordinates", "check_prior", "make_axis", "pair_coordinates"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +89,11 @@ class Coordinates:
             parts.append(self._rows(own.expand((len(own), *axis.batch_shape, *axis.shape))))
         return torch.cat(parts, -1)
 
+    def there_and_back(self, draws: Draws) -> Draws:
+        """What a guide has drawn, by way of u, as it is handed to it again."""
+        u = self.vector(draws)
+        return self.guide_draws(u, self.latents(u)[0])
+
     def _split(self, u: torch.Tensor) -> list[tuple[Axis, torch.Tensor]]:
         """The coordinates of each site, ``(K, *batch, *shape)``."""
         parts = zip(self.axes, u.split(self.sizes, -1), strict=True)
@@ -100,9 +101,7 @@ class Coordinates:
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
         """``(K, *batch, ...)`` with the data next to the particles and all else in one dimension, ``(K, N, d)``."""
-        if self.layout.dim is None:
-            return values.reshape(len(values), 1, -1)
-        return values.movedim(1 + self.layout.nesting + self.layout.dim, 1).reshape(len(values), self.num_data, -1)
+        return self.layout.data_second(values).reshape(len(values), self.num_data, -1)
 
     def _unrows(self, part: torch.Tensor, axis: Axis) -> torch.Tensor:
         if self.layout.dim is None:
@@ -145,7 +144,7 @@ def pair_coordinates(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Co
     for axis, other in zip(axes, others, strict=True):
         _check_fixed(axis, other, guide_trace)
     coordinates = Coordinates(layout, batch, axes)
-    _check_scores(coordinates, Proposal(plan, guide, batch))
+    check_scores(Proposal(plan, guide, batch), coordinates.there_and_back)
     return coordinates
 
 
@@ -190,12 +189,12 @@ def _transform(name: str, constraint: Any) -> Any:
     if constraint is None or constraint.is_discrete:
         cure = "Annealing needs gradients: leave it out of the guide, and it is summed out if it has few values."
         raise SupportError(refuse(f"latent site {name!r}", "a continuous latent", "a discrete one", cure))
-    try:
-        return biject_to(constraints.real if is_real(constraint) else constraint)
-    except NotImplementedError as error:  # of some supports, as a mixture's that is bounded, torch knows no bijection
+    transform = bijection(constraint)
+    if transform is None:
         cure = "Write the latent with another support, or use log_marginal."
         expected = "a support with a bijection to the real numbers"
-        raise SupportError(refuse(f"latent site {name!r}", expected, constraint, cure)) from error
+        raise SupportError(refuse(f"latent site {name!r}", expected, constraint, cure))
+    return transform
 
 
 def _check_fixed(axis: Axis, other: Axis, guide: Trace) -> None:
@@ -206,26 +205,3 @@ def _check_fixed(axis: Axis, other: Axis, guide: Trace) -> None:
         cure = "Write the model with a latent of fixed support and scale it afterwards."
         got = "one that moves with the draws of other latents"
         raise SupportError(refuse(f"latent site {axis.name!r}", "a support that depends on x alone", got, cure))
-
-
-def _check_scores(coordinates: Coordinates, proposal: Proposal) -> None:
-    """The guide has a density at draws that it did not just make, the same as when it made them."""
-    names = [axis.name for axis in coordinates.axes]
-    cure = "Sample them from a distribution with a log_prob, of a flow with an inverse: log_marginal needs none."
-    log_q, draws = proposal.draw(3)
-    proposal.draw(3)  # so that a flow does not have the first draws in mind
-    u = coordinates.vector(draws)
-    values, _ = coordinates.latents(u)
-    try:
-        scored = proposal.score(coordinates.guide_draws(u, values), len(u))
-    except (KeyError, NotImplementedError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise SiteError(refuse(f"guide sites {names}", "log q(z | x) at any z", got, cure)) from error
-    if not bool(agree(log_q, scored)) and not _close(log_q.total, scored.total):
-        raise SiteError(refuse(f"guide sites {names}", "log q(z | x) at any z", "other values than when drawn", cure))
-
-
-def _close(drawn: torch.Tensor, scored: torch.Tensor) -> bool:
-    """Up to what a value loses on its way to its coordinates and back."""
-    finite = drawn.isfinite() & scored.isfinite()
-    return torch.allclose(drawn[finite], scored[finite], rtol=1e-3, atol=1e-2)

@@ -14,6 +14,7 @@ from pyro.distributions import Delta, MaskedDistribution, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch.distributions import biject_to
 
 __all__ = [
     "PARTICLES",
@@ -21,6 +22,7 @@ __all__ = [
     "Trace",
     "Values",
     "base_distribution",
+    "bijection",
     "bounds",
     "element_constraint",
     "indexed",
@@ -286,6 +288,14 @@ def in_words(constraint: Any) -> str:
         return str(constraint)
     least, most = float(torch.as_tensor(low).min()), float(torch.as_tensor(high).max())
     return f"{type(constraint).__name__.lstrip('_')} from {least:g} to {most:g}"
+
+
+def bijection(constraint: Any) -> Any:
+    """From the real numbers to a continuous support; None where torch knows none, as to a bounded mixture's."""
+    try:
+        return biject_to(constraints.real if is_real(constraint) else constraint)
+    except NotImplementedError:
+        return None
 
 
 def is_real(constraint: Any) -> bool:

@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform
 
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError, SiteError
 from pyro_lvm.tracing.batch import Batch, Rows
-from pyro_lvm.tracing.intercept import is_latent, is_real, support
+from pyro_lvm.tracing.intercept import bijection, is_latent, support
 from pyro_lvm.tracing.particles import Draws, Latent
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, run_pair
 from pyro_lvm.tracing.tables import Table, agree
-from pyro_lvm.tracing.weights import Proposal, joint_table
+from pyro_lvm.tracing.weights import Proposal, check_scores, joint_table
 
 __all__ = ["Member", "Mixture", "fit_together"]
 
@@ -84,7 +84,11 @@ def fit_together(members: Sequence[Member], data: Rows) -> tuple[Member, ...]:
     for member in members:
         plan = replace(_nested(member.plan, nesting), tied=tied, bytes_per_particle=largest)
         joined.append(replace(member, plan=plan, inverses=_inverses(member, batch)))
-        _check_scores(joined[-1], batch)
+        try:
+            check_scores(Proposal(plan, member.guide, batch), joined[-1].given)
+        except SiteError as error:
+            error.add_note(f"of guide {member.name!r}")
+            raise
     _check_one_model(joined, batch)
     return tuple(joined)
 
@@ -132,38 +136,12 @@ def _to_unconstrained(fn: Any) -> Transform | None:
     constraint = support(fn)
     if constraint is None or constraint.is_discrete:
         return None
-    try:
-        return biject_to(constraints.real if is_real(constraint) else constraint).inv
-    except NotImplementedError:
-        return None
+    way = bijection(constraint)
+    return None if way is None else way.inv
 
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool(((one - other).abs() <= _NEAR * other.abs().clamp(min=1.0)).all())
-
-
-def _check_scores(member: Member, batch: Batch) -> None:
-    """A guide has a density at draws that it has not just made.
-
-    Raises:
-        SiteError: it has not, or another one.
-    """
-    proposal = Proposal(member.plan, member.guide, batch)
-    log_q, draws = proposal.draw(_PARTICLES)
-    proposal.draw(_PARTICLES)  # a flow without an inverse remembers the last draw only
-    copies = {name: Latent(latent.value.clone(), latent.rank) for name, latent in draws.items()}
-    cause = None
-    try:
-        again = proposal.score(member.given(copies), _PARTICLES)
-        if _near(again.total, log_q.total.expand_as(again.total)):
-            return
-    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
-        cause = error
-    raise SiteError(
-        f"guide {member.name!r}: expected a density at draws of other guides, got "
-        f"{'another one at its own draws given again' if cause is None else repr(cause)}. Pool guides whose flows have "
-        "an inverse, and whose draws are all made by pyro.sample statements of the latent sites."
-    ) from cause
 
 
 def _check_one_model(members: Sequence[Member], batch: Batch) -> None:

@@ -17,12 +17,10 @@ from pyro_lvm.tracing.intercept import Trace, is_latent, run, support
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.particles import Latent, Mode, Runner
 from pyro_lvm.tracing.probe import Plan, probe_pair
-from pyro_lvm.tracing.sites import guide_sites, is_delta
+from pyro_lvm.tracing.sites import UNCONSTRAINED, guide_sites, is_delta
 from pyro_lvm.tracing.weights import Proposal, check_data, evaluation
 
 __all__ = ["PairAtDatum", "pair_at"]
-
-_UNCONSTRAINED = "_unconstrained"  # what an AutoNormal draws in the place of a site
 
 
 @contextmanager
@@ -133,7 +131,7 @@ class PairAtDatum:
         for name, latent in wanted.items():
             constraint = support(self._prior[name]["fn"])
             inside &= constraint.check(latent.value).reshape(len(points), -1).all(1)
-            given[name + _UNCONSTRAINED] = Latent(biject_to(constraint).inv(latent.value), latent.rank)
+            given[name + UNCONSTRAINED] = Latent(biject_to(constraint).inv(latent.value), latent.rank)
         table, got = runner.run(self.batch, mode, len(points), given)
         same = [torch.isclose(got[n].value, latent.value, 1e-3, 1e-5) for n, latent in wanted.items()]
         if not all(bool(each.reshape(len(points), -1).all(1)[inside].all()) for each in same):
@@ -172,7 +170,7 @@ def _transformed(latents: Any, guide: Trace) -> bool:
         SiteError: they are `Delta` around anything else.
     """
     deltas = [name for name in latents if is_delta(guide[name])]
-    if deltas and not (len(deltas) == len(latents) and all(name + _UNCONSTRAINED in guide for name in deltas)):
+    if deltas and not (len(deltas) == len(latents) and all(name + UNCONSTRAINED in guide for name in deltas)):
         raise SiteError(_no_density(deltas, "a Delta, made of draws from elsewhere"))
     return bool(deltas)
 

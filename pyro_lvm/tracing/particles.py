@@ -40,6 +40,14 @@ class Layout:
         """N, 1 for a joint result."""
         return 1 if self.plate is None else len(batch)
 
+    def data_second(self, value: torch.Tensor) -> torch.Tensor:
+        """``(K, N, ...)`` of a canonical value; N is 1 where no dimension holds the data."""
+        return value.unsqueeze(1) if self.dim is None else value.movedim(1 + self.nesting + self.dim, 1)
+
+    def canonical(self, value: torch.Tensor) -> torch.Tensor:
+        """The way back from `data_second`."""
+        return value.squeeze(1) if self.dim is None else value.movedim(1, 1 + self.nesting + self.dim)
+
 
 @dataclass(frozen=True)
 class Latent:

@@ -8,12 +8,11 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import biject_to, constraints
 
 from pyro_lvm._checks import check_program
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import SupportError
-from pyro_lvm.tracing.intercept import base_distribution, is_real, support
+from pyro_lvm.tracing.intercept import base_distribution, bijection, support
 
 __all__ = ["finite_left_out", "normal_guide", "prior_guide", "uniform_guide"]
 
@@ -104,13 +103,12 @@ def _standard_normal(name: str, fn: Any) -> Any:
             f"latent site {name!r}: expected a continuous latent, got {type(base_distribution(fn)).__name__}. Use "
             "evidence.enumeration for finite latents, or a guide."
         )
-    try:
-        transform = biject_to(constraints.real if is_real(constraint) else constraint)
-    except NotImplementedError as error:  # of some supports, as a mixture's that is bounded, torch knows no bijection
+    transform = bijection(constraint)
+    if transform is None:
         raise SupportError(
             f"latent site {name!r}: expected a support with a bijection to the real numbers, got {constraint}. Write "
             "the latent with such a support, or estimate log p(x) with a guide."
-        ) from error
+        )
     zeros = fn.sample().new_zeros(transform.inverse_shape(fn.batch_shape + fn.event_shape))
     return dist.TransformedDistribution(
         dist.Normal(zeros, 1.0).to_event(zeros.dim() - len(fn.batch_shape)), [transform]

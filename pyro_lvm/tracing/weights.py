@@ -1,12 +1,12 @@
 """The log-weights of a pair, log p(x, z) - log q(z | x): the one definition of them in the package."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from pyro_lvm._checks import check_positive_int, data_tensor
+from pyro_lvm._checks import check_positive_int, data_tensor, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import SiteError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
@@ -21,6 +21,7 @@ from pyro_lvm.tracing.tables import Table
 __all__ = [
     "Proposal",
     "check_data",
+    "check_scores",
     "elbo",
     "evaluation",
     "joint_table",
@@ -29,6 +30,9 @@ __all__ = [
     "weight_table",
     "weighted_draws",
 ]
+
+
+_AGAIN = 3  # draws that are handed back to the guide that made them
 
 
 class Proposal:
@@ -91,6 +95,27 @@ def weigh(log_joint: Table, log_q: Table, num_particles: int) -> Table:
     """log p(x, z) - log q(z | x), ``(K, N)``, of draws from q, whatever that is."""
     weights = log_joint - log_q
     return Table(weights.total.expand(num_particles, -1), weights.magnitude)
+
+
+def check_scores(proposal: Proposal, given: Callable[[Draws], Draws]) -> None:
+    """The guide has a density at draws that it has not just made, the same as when it made them.
+
+    Raises:
+        SiteError: it has not, or another one.
+    """
+    log_q, draws = proposal.draw(_AGAIN)
+    proposal.draw(_AGAIN)  # a flow without an inverse has the last draws in mind, and no others
+    copies = {name: Latent(latent.value.clone(), latent.rank) for name, latent in draws.items()}
+    cause = None
+    try:
+        drawn, again = torch.broadcast_tensors(log_q.total, proposal.score(given(copies), _AGAIN).total)
+        if torch.allclose(drawn, again, rtol=1e-3, atol=1e-2):  # what a way through coordinates loses in float32
+            return
+    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+        cause = error
+    got = "another one at its own draws given again" if cause is None else repr(cause)
+    cure = "Sample latents by pyro.sample from distributions with a log_prob; a flow needs an inverse."
+    raise SiteError(refuse("guide", "a density log q(z | x) at any draws", got, cure)) from cause
 
 
 def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: int = 0) -> None:

@@ -15,25 +15,10 @@ from torch.utils.data import TensorDataset
 
 from pyro_lvm.errors import CheckpointError, PlateError, ShapeError, UnreliableEstimateWarning
 from pyro_lvm.evidence import DatasetMean, dataset_mean, importance
-from tests.references import ENUMERATED, ORACLES, Pair, plain
+from tests.references import ENUMERATED, ORACLES, Pair, lognormal, plain
 
 doubtful = pytest.mark.filterwarnings("ignore::pyro_lvm.errors.UnreliableEstimateWarning")
 TIED = ("sequential_data", "conditioned_whole")  # pairs that only run on all of their data
-
-
-def lognormal(scale: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """x ~ N(0, 1) whatever z is: log w is normal with standard deviation ``scale``, and p(x) is known."""
-
-    def model(x: torch.Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-    def guide(x: torch.Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_full((), scale), 1.0))
-
-    return model, guide
 
 
 def data(n: int) -> torch.Tensor:

@@ -529,7 +529,7 @@ def nothing(x):
         pytest.param(
             clusters, [on(2.0), None], X, lvm.SupportError, "expected a prior density", id="the prior's sites"
         ),
-        pytest.param(reshaping, [its_posterior, Planar()], X.expand(3, 7).T, lvm.SiteError, "2'.*inverse", id="flow"),
+        pytest.param(reshaping, [its_posterior, Planar()], X.expand(3, 7).T, lvm.SiteError, "an inverse", id="flow"),
         pytest.param(model, [EXACT, without_plate], X, lvm.PlateError, "plate", id="plate"),
         pytest.param(model, [EXACT, doubled], X, lvm.SiteError, "another one at its own draws", id="way back"),
         pytest.param(only_k, [nothing, nothing], X, lvm.SiteError, "every latent is summed out", id="no latent"),

@@ -19,7 +19,7 @@ from pyro_lvm.evidence.targeted import TargetedJob
 from pyro_lvm.models import LinearGaussian
 from pyro_lvm.ops import khat_threshold
 from pyro_lvm.tracing import captured_weights
-from tests.references import ENUMERATED, ORACLES, Pair, plain
+from tests.references import ENUMERATED, ORACLES, Pair, lognormal, plain
 
 TARGET = 0.05
 doubtful = pytest.mark.filterwarnings("ignore::pyro_lvm.errors.UnreliableEstimateWarning")
@@ -48,21 +48,6 @@ def data(n: int) -> torch.Tensor:
 def spread(x: torch.Tensor) -> torch.Tensor:
     """v, the relative variance of the weights."""
     return ((0.25 * x.abs() / math.sqrt(0.5)).square()).exp() - 1
-
-
-def skewed(scale: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """log w is normal with standard deviation ``scale``, for every x."""
-
-    def model(x: torch.Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-    def guide(x: torch.Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_full((), scale), 1.0))
-
-    return model, guide
 
 
 def estimate(pair: Pair, **options: Any) -> LogMarginal:
@@ -248,7 +233,7 @@ def test_the_target_is_met_with_half_the_particles(seed: int) -> None:
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.3])
 def test_the_target_is_met_with_skewed_weights(scale: float) -> None:
     """300 lognormal cases: 95 % have the stated error (found: 97 % and more), and the true errors are as small."""
-    skewed_model, skewed_guide = skewed(scale)
+    skewed_model, skewed_guide = lognormal(scale)
     x = data(300)
     record = importance(skewed_model, skewed_guide, x, num_particles=100_000, target_stderr=TARGET, seed=0)
     assert float((record.stderr <= TARGET).double().mean()) >= 0.95
