@@ -14,7 +14,7 @@ from pyro_lvm.tracing.intercept import Site, Trace, bijection, is_latent, run, s
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.particles import Draws, Latent, Layout
 from pyro_lvm.tracing.probe import Plan
-from pyro_lvm.tracing.sites import UNCONSTRAINED, is_delta, mask_of
+from pyro_lvm.tracing.sites import UNCONSTRAINED, check_free, is_delta, mask_of
 from pyro_lvm.tracing.weights import Proposal, check_scores
 
 __all__ = ["Axis", "Coordinates", "check_prior", "make_axis", "pair_coordinates"]
@@ -129,13 +129,15 @@ def pair_coordinates(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Co
     Raises:
         SupportError: a latent is discrete, has no bijection to the real numbers, or its support moves with the draws of
             other latents; or the guide draws none.
-        SiteError: the guide cannot score given draws, or draws a latent elsewhere.
+        SiteError: the guide cannot score given draws, or draws a latent elsewhere; or something depends on missing
+            values, which only the model draws.
         PlateError: the data plate is a Python loop.
     """
     layout = plan.guide_layout
     if not plan.match.sampled:
         cure = "Nothing is left to anneal: log_marginal is exact for this pair."
         raise SupportError(refuse("guide", "a continuous latent", "none", cure))
+    check_free(model, batch.args, plan.match)
     guide_trace, again = run(guide, batch.args), run(guide, batch.args)
     values = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
     model_trace = run(model, batch.args, values=values)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_lvm.errors import ShapeError, SiteError
+from pyro_lvm.errors import PlateError, ShapeError, SiteError, SupportError
 from pyro_lvm.evidence import annealed, quadrature
 from pyro_lvm.models import LinearGaussian
+from tests.references import ORACLES
 
 F64 = torch.float64
 doubtful = pytest.mark.filterwarnings("ignore::pyro_lvm.errors.UnreliableEstimateWarning")
@@ -39,6 +40,37 @@ def two_bumps(x):
         bumps = dist.MixtureSameFamily(dist.Categorical(x.new_ones(2)), dist.Normal(locs, scales))
         pyro.sample("z", bumps)
         pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize("name", [name for name in ORACLES if name not in ("sequential_data", "discrete_guide")])
+def test_every_kind_of_pair_has_equal_weights_with_an_exact_guide(name, several):
+    """Masks, plates, parameters, summed-out classes, joint results; the two left out are refused, see below."""
+    pair = ORACLES[name](3)
+    guide = [pair.guide] * 2 if several else pair.guide
+    record = annealed(pair.model, guide, pair.x, *pair.args, num_particles=2, num_steps=3, seed=0, **pair.options)
+    torch.testing.assert_close(record.value, pair.log_px, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [("sequential_data", PlateError, "a Python loop"), ("discrete_guide", SupportError, "'c': expected a continuous")],
+)
+def test_what_cannot_be_annealed(name, error, words):
+    pair = ORACLES[name](3)
+    with pytest.raises(error, match=words):
+        annealed(pair.model, pair.guide, pair.x, *pair.args, **pair.options)
+
+
+def test_missing_values_that_something_depends_on_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            whole = pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=x > 1)
+            pyro.sample("y", dist.Normal(whole, 1.0), obs=x)
+
+    with pytest.raises(SiteError, match="missing values that nothing depends on"):
+        annealed(model, normal(0.5, 0.7), X)
 
 
 def test_copies_of_the_posterior_have_equal_weights():

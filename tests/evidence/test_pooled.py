@@ -15,6 +15,7 @@ from pyro_lvm.evidence import pooled, quadrature
 from pyro_lvm.evidence.strata import Strata
 from pyro_lvm.ops import DOUBTFUL, STATUSES, WeightAccumulator
 from pyro_lvm.tracing.tables import Table
+from tests.references import ORACLES
 
 # z ~ N(0, 1), x | z ~ N(z, 1): log p(x) = log N(x; 0, 2), posterior N(x / 2, 1 / 2).
 X = torch.linspace(-2.0, 2.0, 7, dtype=torch.float64)
@@ -179,6 +180,13 @@ def test_an_autoguide_scores_the_draws_of_others():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # By definition.
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_every_kind_of_pair_has_equal_weights_with_an_exact_guide(name):
+    pair = ORACLES[name](3)
+    record = pooled(pair.model, [pair.guide] * 2, pair.x, *pair.args, num_particles=2, seed=0, **pair.options)
+    torch.testing.assert_close(record.value, pair.log_px, rtol=0, atol=1e-10)
 
 
 def test_the_numbers_by_definition():
