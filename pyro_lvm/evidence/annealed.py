@@ -14,8 +14,8 @@ from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.pilot import PILOT_CHAINS, enough_steps, most_rows, tune
-from pyro_lvm.evidence.pooled import joined, named, prior_of_the_rest
 from pyro_lvm.evidence.record import LogMarginal
+from pyro_lvm.evidence.several import joined, named, prior_of_the_rest
 from pyro_lvm.evidence.verdict import warn_of_doubt
 from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
@@ -26,7 +26,7 @@ from pyro_lvm.tracing.probe import Plan
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import evaluation
 
-__all__ = ["AnnealingJob", "annealed", "annealing_chunks", "look_at_start"]
+__all__ = ["AnnealingJob", "annealed", "annealing_chunks"]
 
 
 def annealed(
@@ -176,16 +176,8 @@ def started(model: Model, guide: Any, source: Rows, data_plate: DataPlate, vecto
         return
     program = guide or prior_of_the_rest(model, source, data_plate)
     with evaluation(model, program), torch.no_grad():
-        plan, about = look_at_start(model, guide, program, source, data_plate, vectorize)
-        yield Start("prior" if guide is None else "guide", Tables(plan, model, program), about, ())
-
-
-def look_at_start(
-    model: Model, guide: Guide | None, program: Guide, source: Rows, data_plate: DataPlate, vectorize: Vectorize
-) -> tuple[Plan, dict[str, str]]:
-    """As `look`, for chains that begin at draws of ``program``, which is the prior where the guide is None."""
-    plan, pair = look(model, program, source, data_plate, vectorize)
-    return plan, pair if guide is not None else pair | {"guide": "prior"}
+        plan, pair = look(model, program, source, data_plate, vectorize)
+        yield Start("prior" if guide is None else "guide", Tables(plan, model, program), pair, ())
 
 
 def annealing_chunks(plan: Plan, model: Model, guide: Guide, source: Rows, num_particles: int) -> tuple[int, int]:

@@ -8,11 +8,12 @@ import torch
 
 from pyro_lvm._checks import check_chunks, check_positive_int
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
-from pyro_lvm.evidence.annealed import AnnealingJob, annealing_chunks, look_at_start
+from pyro_lvm.evidence.annealed import AnnealingJob, annealing_chunks
 from pyro_lvm.evidence.annealing import anneal
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_source, device_of
-from pyro_lvm.evidence.pooled import prior_of_the_rest
+from pyro_lvm.evidence.job import look
+from pyro_lvm.evidence.several import prior_of_the_rest
 from pyro_lvm.ops import WeightAccumulator, WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs
 from pyro_lvm.tracing.captured_weights import Tables
@@ -172,7 +173,7 @@ def sandwich(
         with validation(False):
             template = given.rows(slice(0, len(given)))
             trace, source = simulate(model, template, observed_arguments(model, template))
-        plan, pair = look_at_start(model, guide, program, source, data_plate, vectorize)
+        plan, pair = look(model, program, source, data_plate, vectorize)
         with evaluation_rng(0, devices), validation(False):
             sizes = chunks or annealing_chunks(plan, model, program, source, num_particles)
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])

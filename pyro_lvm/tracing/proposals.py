@@ -24,7 +24,9 @@ def _every(fn: Any) -> bool:
 def prior_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
     """q(z) = p(z) on every latent for whose distribution ``wanted`` holds; the others are left to enumeration."""
     check_program("model", model)
-    return poutine.block(model, hide_fn=lambda msg: _hidden(msg, wanted))
+    guide = poutine.block(model, hide_fn=lambda msg: _hidden(msg, wanted))
+    guide.__qualname__ = "prior"  # what records call it
+    return guide
 
 
 def finite_left_out(model: Model) -> Guide:
