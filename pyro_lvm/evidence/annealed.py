@@ -1,37 +1,34 @@
 """Annealed importance sampling, from the guide or from the prior, streamed over data and chains."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from pyro_lvm._checks import check_chunks, check_positive_int
-from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.evidence.annealing import Course, Path, anneal
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.job import Job, look
+from pyro_lvm.evidence.job import Job
 from pyro_lvm.evidence.pilot import PILOT_CHAINS, enough_steps, most_rows, tune
 from pyro_lvm.evidence.record import LogMarginal
-from pyro_lvm.evidence.several import joined, named, prior_of_the_rest
+from pyro_lvm.evidence.several import prior_of_the_rest, proposing
 from pyro_lvm.evidence.verdict import warn_of_doubt
 from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
-from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.mixture import Member
 from pyro_lvm.tracing.probe import Plan
 from pyro_lvm.tracing.tables import Table
-from pyro_lvm.tracing.weights import evaluation
 
 __all__ = ["AnnealingJob", "annealed", "annealing_chunks"]
 
 
 def annealed(
     model: Model,
-    guide: Guide | None | Sequence[Guide | None] | Mapping[str, Guide | None],
+    guide: Guide | Guides | None,
     x: Data,
     *args: Any,
     num_particles: int = 100,
@@ -116,7 +113,8 @@ def annealed(
     chunks = check_chunks(chunks)
     source = data_source(x, args, data_args, device)
     devices = [device_of(source)]
-    with started(model, guide, source, data_plate, vectorize) as start:
+    program = prior_of_the_rest(model, source, data_plate) if guide is None else guide
+    with proposing(model, program, source, data_plate, vectorize) as start:
         tables, plan = start.tables, start.tables.plan
         with evaluation_rng(0, devices), validation(False):
             sizes = chunks or annealing_chunks(plan, tables.model, tables.guide, source, num_particles)
@@ -131,53 +129,21 @@ def annealed(
             columns,
             num_steps=num_steps,
             num_leapfrog=num_leapfrog,
-            others=start.others,
+            others=start.members[1:],
         )
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
+    name = ", ".join(start.names) or ("prior" if guide is None else "guide")
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
     record = LogMarginal(
         **columns.numbers,
         status=columns.status,
         num_particles=num_particles,
         method="annealed importance sampling",
-        provenance=provenance | job.provenance() | {"annealing": {"start": start.name} | job.annealing()},
+        provenance=provenance | job.provenance() | {"annealing": {"start": name} | job.annealing()},
     )
     warn_of_doubt("LogMarginal", record.status, record.verdict)
     return record
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where chains begin: at draws of a guide, and of others.
-
-    Attributes:
-        name: of it.
-        tables: how the model and the first guide run.
-        pair: what they are.
-        others: further guides.
-    """
-
-    name: str
-    tables: Tables
-    pair: dict[str, Any]
-    others: tuple[Member, ...]
-
-
-@contextmanager
-def started(model: Model, guide: Any, source: Rows, data_plate: DataPlate, vectorize: Vectorize) -> Iterator[Start]:
-    """The pair, or the model with several guides, ready to be run."""
-    if isinstance(guide, Sequence | Mapping):
-        guides = named(guide)
-        pairs = {name: (model, each) for name, each in guides.items()}
-        with joined(pairs, source, data_plate, vectorize) as (members, pair):
-            first, *others = members
-            yield Start(", ".join(guides), Tables(first.plan, first.model, first.guide), pair, tuple(others))
-        return
-    program = guide or prior_of_the_rest(model, source, data_plate)
-    with evaluation(model, program), torch.no_grad():
-        plan, pair = look(model, program, source, data_plate, vectorize)
-        yield Start("prior" if guide is None else "guide", Tables(plan, model, program), pair, ())
 
 
 def annealing_chunks(plan: Plan, model: Model, guide: Guide, source: Rows, num_particles: int) -> tuple[int, int]:

@@ -1,30 +1,27 @@
-"""Draws from p(z | x), for whatever cannot take weights: the guide's, resampled by their weights."""
+"""Draws from p(z | x), for whatever cannot take weights: those of guides, resampled by their weights."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pyro_lvm._checks import check_chunks, check_positive_int, check_program, refuse
-from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm._checks import check_chunks, check_positive_int, refuse
+from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.errors import PlateError, SiteError
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.record import to_arviz
 from pyro_lvm.evidence.resampling import Reservoir
+from pyro_lvm.evidence.several import proposing
 from pyro_lvm.evidence.verdict import status_shares, verdict, warn_of_doubt
+from pyro_lvm.evidence.weighted import WeightedJob
 from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs
-from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.likelihood import log_likelihood
 from pyro_lvm.tracing.particles import Draws
 from pyro_lvm.tracing.probe import Plan
-from pyro_lvm.tracing.tables import Table
-from pyro_lvm.tracing.weights import Proposal, evaluation, weighted_draws
 
 if TYPE_CHECKING:
     import xarray
@@ -36,7 +33,7 @@ __all__ = ["PosteriorDraws", "posterior_draws"]
 class PosteriorDraws:
     """Draws from p(z | x) of every datum, all of equal weight, in a random order.
 
-    They are particles of the guide, each as often as its weight says, so that some occur more than once: a mean over
+    They are particles of the guides, each as often as its weight says, so that some occur more than once: a mean over
     them is about as exact as one over ``ess`` independent draws, and never more so than `expectation` with the same K,
     which does not resample. Of a datum without weights (``no_support``, ``nonfinite``) they are the guide's own.
 
@@ -47,7 +44,7 @@ class PosteriorDraws:
         ess: effective sample size of the weights, in [1, K], ``(N,)``.
         khat: Pareto tail index of the weights, ``(N,)``.
         status: of the weights, as in `LogMarginal`, ``(N,)``.
-        num_particles: K.
+        num_particles: K, of all guides together.
         provenance: seed, dtype, device, versions, chunk sizes; ``sha256`` of data and parameters.
     """
 
@@ -129,7 +126,7 @@ class PosteriorDraws:
 
 def posterior_draws(
     model: Model,
-    guide: Guide,
+    guide: Guide | Guides,
     x: Data,
     *args: Any,
     num_draws: int = 1000,
@@ -157,7 +154,7 @@ def posterior_draws(
     Args:
         model: generative program p(x, z).
         guide: variational program q(z | x). Discrete latents that it lacks are summed out, and not drawn:
-            `latent.attribute` has their probabilities.
+            `latent.attribute` has their probabilities. Several guides, as in `expectation`, draw K each.
         x: data ``(N, ...)``, read chunk by chunk; as in `log_marginal`.
         *args: further arguments of both programs; tensors with N rows go with x.
         num_draws: M. Memory holds M draws of all data, and one chunk of particles.
@@ -200,19 +197,27 @@ def posterior_draws(
         >>> found.latents["z"].shape, found.latents["z"].mean().round(decimals=1)
         (torch.Size([1000, 3]), tensor(0.5000))
     """
-    check_program("guide", guide)
     num_draws = check_positive_int("num_draws", num_draws)
     num_particles = check_positive_int("num_particles", num_particles)
     chunks = check_chunks(chunks)
     source = data_source(x, args, data_args, device)
     devices = [device_of(source)]
-    with evaluation(model, guide), torch.no_grad():
-        plan, pair = look(model, guide, source, data_plate, vectorize)
+    with proposing(model, guide, source, data_plate, vectorize) as start:
+        plan, total = start.tables.plan, num_particles * max(1, len(start.members))
         _check_draws(plan)
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
-        sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
-        tables = Tables(plan, model, guide)
-        job = _DrawsJob(plan, pair, tables, source, num_particles, sizes, columns, num_draws=num_draws)
+        sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
+        job = _DrawsJob(
+            plan,
+            start.pair,
+            start.tables,
+            source,
+            total,
+            sizes,
+            columns,
+            members=start.members,
+            num_draws=num_draws,
+        )
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
@@ -241,26 +246,21 @@ class _Finished:
 
 
 @dataclass
-class _DrawsJob(Job):
+class _DrawsJob(WeightedJob):
     """A `Job` that resamples on the way."""
 
     num_draws: int = field(kw_only=True)
     parts: list[_Finished] = field(default_factory=list)
 
-    def drawing(self, batch: Batch, num_weights: int) -> Callable[[int], Table]:
-        """As in `Job`; what is drawn goes through a reservoir."""
+    def begin(self) -> None:
+        """Draws of other data are to come."""
         self.reservoir = Reservoir(self.num_draws)
-        self.like: Draws = {}
-        proposal = Proposal(self.plan, self.tables.guide, batch)
 
-        def draw(num_particles: int) -> Table:
-            table, draws = weighted_draws(self.plan, self.tables.model, proposal, num_particles)
-            self.like = {n: draws[n] for n in (*self.plan.match.sampled, *self.plan.match.determined)}
-            rows = {name: self.plan.model_layout.data_second(latent.value) for name, latent in self.like.items()}
-            self.reservoir.update(table.total, rows)
-            return table
-
-        return draw
+    def take(self, batch: Batch, index: int, log_weights: torch.Tensor, draws: Draws) -> None:
+        """What is drawn goes through a reservoir."""
+        self.like = {n: draws[n] for n in (*self.plan.match.sampled, *self.plan.match.determined)}
+        rows = {name: self.plan.model_layout.data_second(latent.value) for name, latent in self.like.items()}
+        self.reservoir.update(log_weights, rows)
 
     def _chunk(self, batch: Batch, done: int, bar: Any) -> WeightSummary:
         """All particles of some data, and the densities at those that stay."""

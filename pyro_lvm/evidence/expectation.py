@@ -1,4 +1,4 @@
-"""E[fn(z) | x]: means over the posterior, by the guide's draws and their weights."""
+"""E[fn(z) | x]: means over the posterior, by weighted draws of one guide or of several."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -9,20 +9,19 @@ import numpy as np
 import torch
 
 from pyro_lvm._checks import check_chunks, check_positive_int, refuse
-from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError, SiteError
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.job import Job, look
+from pyro_lvm.evidence.several import proposing
 from pyro_lvm.evidence.verdict import status_shares, verdict, warn_of_doubt
+from pyro_lvm.evidence.weighted import WeightedJob
 from pyro_lvm.ops import RatioAccumulator, RatioSummary, WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.particles import Draws
 from pyro_lvm.tracing.probe import Plan, empty_guide
-from pyro_lvm.tracing.tables import Table
-from pyro_lvm.tracing.weights import Proposal, evaluation, weighted_draws
 
 __all__ = ["Expectation", "MeansJob", "Values", "estimate", "expectation"]
 
@@ -40,7 +39,7 @@ class Expectation:
     Attributes:
         value: estimate of E[f(z) | x], ``(N, ...)``.
         stderr: its standard error (delta method). Optimistic under a heavy tail of the weights.
-        under_guide: mean of f under q(z | x), of the same draws, ``(N, ...)``.
+        under_guide: mean of f under q(z | x), of the same draws, ``(N, ...)``; under the mixture of several guides.
         under_guide_stderr: its standard error.
         ess: effective sample size in [1, K], ``(N,)``.
         khat: Pareto tail index of the weights, ``(N,)``.
@@ -48,8 +47,9 @@ class Expectation:
             E[z^2] of a normal posterior by K = 1000 draws of a normal of .8, .7 and .6 of its width, .1 %, 2 % and 23 %
             of the data with ``no_fault_found`` are off by more than five standard errors, and none of E[z]; of .9 of
             its width, one posterior standard deviation beside it, 9 % and .4 %.
-        num_particles: K.
-        provenance: seed, dtype, device, versions, chunk sizes; ``sha256`` of data and parameters.
+        num_particles: K, of all guides together.
+        provenance: seed, dtype, device, versions, chunk sizes; ``sha256`` of data and parameters. Of several guides
+            also what `evidence.pooled` says of each.
     """
 
     value: torch.Tensor
@@ -90,7 +90,7 @@ class Expectation:
 
 def expectation(
     model: Model,
-    guide: Guide,
+    guide: Guide | Guides,
     x: Data,
     fn: Callable[..., torch.Tensor],
     *args: Any,
@@ -103,20 +103,24 @@ def expectation(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Expectation:
-    r"""E[fn(z) | x] of every datum, by self-normalised importance sampling from the guide.
+    r"""E[fn(z) | x] of every datum, by self-normalised importance sampling from the guide, or from several.
 
     .. math:: E[f(z) \mid x_n] \approx \frac{\sum_k w_{kn} f(z_{kn})}{\sum_k w_{kn}},
               \qquad w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}, \quad z_{kn} \sim q(z \mid x_n)
 
+    What the guide does not propose is not in the mean, and its weights cannot say so. ``[guide, None]`` draws from the
+    prior as well, and weighs with the density of both, as `evidence.pooled` does.
+
     Args:
         model: generative program p(x, z).
-        guide: variational program q(z | x).
+        guide: variational program q(z | x); several, over the same latent sites, in a sequence or a dictionary
+            name -> guide, where None is the prior of the model.
         x: data ``(N, ...)``, read chunk by chunk; as in `log_marginal`.
         fn: its parameters are names of latent sites, as in ``lambda z: z**2``, whose draws it gets as
             ``(K, N, *other plates, *event)`` tensors; ``**latents`` takes all. It returns ``(K, N, ...)``. With
             ``data_plate=None`` draws are ``(K, *plates, *event)``, and it returns ``(K, ...)``.
         *args: further arguments of both programs; tensors with N rows go with x.
-        num_particles: K.
+        num_particles: K, drawn from each guide.
         data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint result.
         data_args: positions among ``args`` of those with one row per datum.
         vectorize: ``False`` runs one particle at a time.
@@ -155,9 +159,9 @@ def expectation(
         0.50 0.01
     """
 
-    def values(plan: Plan, _: Rows) -> Values:
-        wanted = _wanted(fn, plan)
-        return lambda batch, k, draws: _called(fn, wanted, plan, batch, k, draws)
+    def values(tables: Tables, _: Rows) -> Values:
+        wanted = _wanted(fn, tables.plan)
+        return lambda batch, k, draws: _called(fn, wanted, tables.plan, batch, k, draws)
 
     return estimate(
         model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress
@@ -166,10 +170,10 @@ def expectation(
 
 def estimate(
     model: Model,
-    guide: Guide | None,
+    guide: Guide | Guides | None,
     x: Data,
     args: Sequence[Any],
-    values: Callable[[Plan, Rows], Values],
+    values: Callable[[Tables, Rows], Values],
     num_particles: int,
     data_plate: DataPlate,
     data_args: DataArgs,
@@ -183,16 +187,16 @@ def estimate(
     num_particles = check_positive_int("num_particles", num_particles)
     chunks = check_chunks(chunks)
     source = data_source(x, tuple(args), data_args, device)
-    guide = guide or empty_guide
     devices = [device_of(source)]
-    with evaluation(model, guide), torch.no_grad():
-        plan, pair = look(model, guide, source, data_plate, vectorize)
+    program = empty_guide if guide is None else guide
+    with proposing(model, program, source, data_plate, vectorize) as start:
+        plan, members = start.tables.plan, start.members
         with evaluation_rng(0, devices):
-            of = values(plan, source)
-        num_particles = 1 if plan.exact else num_particles
+            of = values(start.tables, source)
+        total = 1 if plan.exact else num_particles * max(1, len(members))
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
-        sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
-        job = MeansJob(plan, pair, Tables(plan, model, guide), source, num_particles, sizes, columns, values=of)
+        sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
+        job = MeansJob(plan, start.pair, start.tables, source, total, sizes, columns, members=members, values=of)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
@@ -202,23 +206,19 @@ def estimate(
 
 
 @dataclass
-class MeansJob(Job):
+class MeansJob(WeightedJob):
     """A `Job` that takes the means of values, too."""
 
     values: Values = field(kw_only=True)
     means: list[RatioSummary] = field(default_factory=list)
 
-    def drawing(self, batch: Batch, num_weights: int) -> Callable[[int], Table]:
-        """As in `Job`; the values of each draw are taken in on the way."""
-        model, self.ratio = self.tables.model, RatioAccumulator()
-        proposal = Proposal(self.plan, self.tables.guide, batch)
+    def begin(self) -> None:
+        """Draws of other data are to come."""
+        self.ratio = RatioAccumulator()
 
-        def draw(num_particles: int) -> Table:
-            table, draws = weighted_draws(self.plan, model, proposal, num_particles)
-            self.ratio.update(table.total, self.values(batch, num_particles, draws))
-            return table
-
-        return draw
+    def take(self, batch: Batch, index: int, log_weights: torch.Tensor, draws: Draws) -> None:
+        """Take in the values of draws."""
+        self.ratio.update(log_weights, self.values(batch, len(log_weights), draws), stratum=index)
 
     def keep(self, summary: WeightSummary) -> None:
         """Take the results of a chunk that is finished."""

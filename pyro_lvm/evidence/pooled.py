@@ -1,33 +1,28 @@
 """Several guides as one proposal: the mixture of them, and where they disagree on where the posterior is."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from pyro_lvm._checks import check_chunks, check_positive_int
-from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
-from pyro_lvm.evidence.job import Job
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.several import joined, named
-from pyro_lvm.evidence.strata import Strata
 from pyro_lvm.evidence.verdict import warn_of_doubt
-from pyro_lvm.ops import WeightSummary
-from pyro_lvm.tracing.batch import Batch, DataArgs
+from pyro_lvm.evidence.weighted import WeightedJob
+from pyro_lvm.tracing.batch import DataArgs
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng
-from pyro_lvm.tracing.mixture import Member, Mixture
-from pyro_lvm.tracing.tables import Table
 
 __all__ = ["pool", "pooled"]
 
 
 def pooled(
     model: Model,
-    guides: Sequence[Guide | None] | Mapping[str, Guide | None],
+    guides: Guides,
     x: Data,
     *args: Any,
     num_particles: int = 1000,
@@ -128,49 +123,16 @@ def pool(
         sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
         columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
         tables = Tables(plan, members[0].model, members[0].guide)
-        job = _PooledJob(plan, pair, tables, source, total, sizes, columns, members=members)
+        job = WeightedJob(plan, pair, tables, source, total, sizes, columns, members=members)
         with evaluation_rng(seed, devices):
             job.run(progress)
     provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    record = job.record(provenance | job.provenance())
+    record = LogMarginal(
+        **columns.numbers,
+        status=columns.status,
+        num_particles=total,
+        method=f"mixture of {len(members)} guides",
+        provenance=provenance | job.provenance(),
+    )
     warn_of_doubt("LogMarginal", record.status, record.verdict)
     return record
-
-
-@dataclass
-class _PooledJob(Job):
-    """A `Job` whose particles come from one guide after the other."""
-
-    members: tuple[Member, ...] = field(kw_only=True)
-    own: list[torch.Tensor] = field(default_factory=list)
-    lacking: list[torch.Tensor] = field(default_factory=list)
-
-    def drawing(self, batch: Batch, num_weights: int) -> Callable[[int], Table]:
-        """As in `Job`: the first K draws are those of the first guide, and so on."""
-        num_data = self.plan.model_layout.num_data(batch)
-        each = self.num_particles // len(self.members)
-        self.strata = Strata(Mixture(self.members, batch), each, num_data, batch.args[0].device)
-        return self.strata.draw
-
-    def keep(self, summary: WeightSummary) -> None:
-        """Take the results of a chunk that is finished."""
-        summary, own, lacking = self.strata.summary(summary)
-        super().keep(summary)
-        self.own.append(own)
-        self.lacking.append(lacking)
-
-    def record(self, provenance: dict[str, Any]) -> LogMarginal:
-        """All chunks in one."""
-        own, lacking = torch.cat(self.own, 1), torch.cat(self.lacking, 1)  # (J, N)
-        guides = {
-            member.name: {"mean": float(own[j].mean()), "disagreement": float(lacking[j].double().mean())}
-            for j, member in enumerate(self.members)
-        }
-        each = self.num_particles // len(self.members)
-        return LogMarginal(
-            **self.columns.numbers,
-            status=self.columns.status,
-            num_particles=self.num_particles,
-            method=f"mixture of {len(self.members)} guides",
-            provenance=provenance | {"particles_of_each_guide": each, "guides": guides},
-        )

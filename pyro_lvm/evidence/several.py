@@ -1,8 +1,8 @@
-"""Several guides of one model, or its prior beside them, ready to be run together."""
+"""The guides that draw: one, or several of one model, its prior beside them, ready to be run together."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.evidence.data import device_of
 from pyro_lvm.evidence.job import look
 from pyro_lvm.tracing.batch import Rows
+from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.coordinates import check_prior
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.mixture import Member, fit_together
@@ -20,7 +21,41 @@ from pyro_lvm.tracing.params import Fitted, current_params
 from pyro_lvm.tracing.proposals import finite_left_out, prior_guide
 from pyro_lvm.tracing.weights import evaluation
 
-__all__ = ["joined", "named", "prior_of_the_rest"]
+__all__ = ["Proposing", "joined", "named", "prior_of_the_rest", "proposing"]
+
+
+@dataclass(frozen=True)
+class Proposing:
+    """What draws.
+
+    Attributes:
+        names: of several guides.
+        tables: how the model and the first guide run.
+        pair: what they are, see `look`.
+        members: several guides; none where there is one.
+    """
+
+    names: tuple[str, ...]
+    tables: Tables
+    pair: dict[str, Any]
+    members: tuple[Member, ...]
+
+
+@contextmanager
+def proposing(
+    model: Model, guide: Any, source: Rows, data_plate: DataPlate, vectorize: Vectorize
+) -> Iterator[Proposing]:
+    """A guide, or several in a sequence or a dictionary, ready to be run."""
+    if isinstance(guide, Sequence | Mapping):
+        pairs = {name: (model, each) for name, each in named(guide).items()}
+        with joined(pairs, source, data_plate, vectorize) as (members, pair):
+            first = members[0]
+            yield Proposing(tuple(pairs), Tables(first.plan, first.model, first.guide), pair, members)
+    else:
+        check_program("guide", guide)
+        with evaluation(model, guide), torch.no_grad():
+            plan, pair = look(model, guide, source, data_plate, vectorize)
+            yield Proposing((), Tables(plan, model, guide), pair, ())
 
 
 def named(guides: Any) -> dict[str, Guide | None]:

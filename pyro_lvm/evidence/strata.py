@@ -1,16 +1,21 @@
 """The weights of some data under a mixture of guides, of which each in turn has drawn as many: the strata."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from pyro_lvm.ops import WeightAccumulator, WeightSummary, disagreement
 from pyro_lvm.tracing.mixture import Mixture
+from pyro_lvm.tracing.particles import Draws
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import weigh
 
-__all__ = ["Strata"]
+__all__ = ["Strata", "Take"]
+
+#: Looks at the draws of a guide, by its number, and their log-weights ``(k, N)``.
+Take = Callable[[int, torch.Tensor, Draws], None]
 
 # Of so many own draws a guide expects at most this many where it proposes "next to nothing"; none come with 5 %.
 _EXPECTED = 3.0
@@ -34,15 +39,15 @@ class Strata:
         shape = (len(mixture.members), num_data)
         self.missed = torch.full(shape, -math.inf, dtype=torch.float64, device=device)  # (J, N) log of sums of weights
 
-    def draw(self, num_particles: int) -> Table:
-        """The next log-weights of the mixture, ``(k, N)``."""
+    def draw(self, num_particles: int, take: Take) -> Table:
+        """The next log-weights of the mixture, ``(k, N)``; ``take`` sees those of each guide with the draws."""
         tables = []
         while num_particles:
             index, done = divmod(self.drawn, self.num_particles)
             if not done:
                 self.sums = [WeightAccumulator(self.num_data, self.num_particles, self.device) for _ in range(2)]
             size = min(num_particles, self.num_particles - done)
-            tables.append(self._draw(index, size))
+            tables.append(self._draw(index, size, take))
             self.drawn, num_particles = self.drawn + size, num_particles - size
             if done + size == self.num_particles:
                 for summaries, sums in zip((self.pooled, self.own), self.sums, strict=True):
@@ -50,9 +55,9 @@ class Strata:
         magnitude = torch.stack([table.magnitude for table in tables]).amax(0)
         return Table(torch.cat([table.total for table in tables]), magnitude)
 
-    def _draw(self, index: int, size: int) -> Table:
+    def _draw(self, index: int, size: int, take: Take) -> Table:
         """Draws of one guide."""
-        log_joint, log_qs = self.mixture.draw(index, size)
+        log_joint, log_qs, draws = self.mixture.draw(index, size)
         totals = torch.stack([q.total.expand(size, self.num_data) for q in log_qs])  # (J, k, N)
         totals = totals.to(log_joint.total.device)
         both = totals.logsumexp(0)  # (k, N)
@@ -65,6 +70,7 @@ class Strata:
         unseen = totals - both < rare  # (J, k, N)
         weights = tables[0].total.double().expand_as(totals).masked_fill(~unseen, -math.inf)
         self.missed = torch.logaddexp(self.missed, weights.logsumexp(1))
+        take(index, tables[0].total, draws)
         return tables[0]
 
     def _supported(self, log_joint: Table, log_q: Table, size: int) -> Table:

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 
 from pyro_lvm._checks import refuse
-from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
+from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.errors import PlateError
 from pyro_lvm.evidence import Expectation
 from pyro_lvm.evidence.expectation import Values, estimate
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
+from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.classes import class_table, classes
 from pyro_lvm.tracing.forward import one_of
 from pyro_lvm.tracing.intercept import run
@@ -21,7 +22,7 @@ __all__ = ["attribute", "encode"]
 
 def encode(
     model: Model,
-    guide: Guide,
+    guide: Guide | Guides,
     x: Data,
     *args: Any,
     site: str | None = None,
@@ -38,7 +39,7 @@ def encode(
 
     Args:
         model: generative program p(x, z).
-        guide: variational program q(z | x).
+        guide: variational program q(z | x); several, as in `expectation`.
         x: data ``(N, ...)``.
         *args: further arguments of both programs; tensors with N rows go with x.
         site: the latent; None for the only one that the guide draws.
@@ -65,9 +66,9 @@ def encode(
         tensor(True)
     """
 
-    def values(plan: Plan, _: Rows) -> Values:
-        name = one_of(site, plan.match.sampled, "latent sites that the guide draws")
-        return lambda batch, k, draws: draws[name].per_datum(plan.model_layout)
+    def values(tables: Tables, _: Rows) -> Values:
+        name = one_of(site, tables.plan.match.sampled, "latent sites that the guide draws")
+        return lambda batch, k, draws: draws[name].per_datum(tables.plan.model_layout)
 
     return estimate(
         model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress
@@ -76,7 +77,7 @@ def encode(
 
 def attribute(
     model: Model,
-    guide: Guide | None,
+    guide: Guide | Guides | None,
     x: Data,
     *args: Any,
     site: str | None = None,
@@ -99,7 +100,8 @@ def attribute(
 
     Args:
         model: generative program p(x, y, z).
-        guide: variational program, q(z | x) or q(y, z | x); None where y is the only latent.
+        guide: variational program, q(z | x) or q(y, z | x); several, as in `expectation`; None where y is the only
+            latent.
         x: data ``(N, ...)``.
         *args: further arguments of both programs; tensors with N rows go with x.
         site: the discrete latent; None for the only one that is summed out, or else drawn.
@@ -128,28 +130,29 @@ def attribute(
         tensor(True)
     """
 
-    def values(plan: Plan, source: Rows) -> Values:
+    def values(tables: Tables, source: Rows) -> Values:
+        plan = tables.plan
         if plan.model_layout.plate is None:
             raise PlateError(refuse("data_plate", "the plate that holds the data", None, "Leave it out."))
         match = plan.match
         there = match.enumerated or match.sampled if site is None else (*match.enumerated, *match.sampled)
         name = one_of(site, there, "latent sites")
         few = source.rows(slice(0, len(source) if plan.tied else 1))
-        support = classes(run(model, few.args)[name])  # (C, *event)
-        return _class_probs(plan, model, name, support) if name in match.enumerated else _shares(plan, name, support)
+        support = classes(run(tables.model, few.args)[name])  # (C, *event)
+        return _class_probs(tables, name, support) if name in match.enumerated else _shares(plan, name, support)
 
     return estimate(
         model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress
     )
 
 
-def _class_probs(plan: Plan, model: Model, name: str, support: torch.Tensor) -> Values:
+def _class_probs(tables: Tables, name: str, support: torch.Tensor) -> Values:
     """p(y = k | x, z) at draws of z, ``(K, N, C)``."""
 
     def values(batch: Batch, size: int, draws: Draws) -> torch.Tensor:
-        given = {n: draws[n] for n in plan.match.sampled}
-        tables = [class_table(plan, model, batch, given, name, value, size).total for value in support]
-        return torch.stack([t.expand(size, -1) for t in tables], -1).double().softmax(-1)
+        given = {n: draws[n] for n in tables.plan.match.sampled}
+        totals = [class_table(tables.plan, tables.model, batch, given, name, each, size).total for each in support]
+        return torch.stack([total.expand(size, -1) for total in totals], -1).double().softmax(-1)
 
     return values
 

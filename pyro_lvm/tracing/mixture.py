@@ -59,13 +59,14 @@ class Mixture:
         self.members, self.batch = members, batch
         self.proposals = [Proposal(member.plan, member.guide, batch) for member in members]
 
-    def draw(self, index: int, num_particles: int) -> tuple[Table, list[Table]]:
-        """log p(x, z), ``(K, N)``, of draws from one guide, and log q(z | x) under each of them."""
+    def draw(self, index: int, num_particles: int) -> tuple[Table, list[Table], Draws]:
+        """log p(x, z), ``(K, N)``, of draws from one guide, log q(z | x) under each of them, and the draws."""
         member = self.members[index]
         log_q, draws = self.proposals[index].draw(num_particles)
-        log_joint, _ = joint_table(member.plan, member.model, self.batch, num_particles, draws)
+        log_joint, latents = joint_table(member.plan, member.model, self.batch, num_particles, draws)
         pairs = enumerate(zip(self.members, self.proposals, strict=True))
-        return log_joint, [log_q if i == index else q.score(m.given(draws), num_particles) for i, (m, q) in pairs]
+        log_qs = [log_q if i == index else q.score(m.given(draws), num_particles) for i, (m, q) in pairs]
+        return log_joint, log_qs, latents
 
 
 def fit_together(members: Sequence[Member], data: Rows) -> tuple[Member, ...]:

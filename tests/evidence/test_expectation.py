@@ -74,15 +74,17 @@ def test_ess_khat_and_status_are_those_of_log_marginal():
 PER_DATUM = {name: make for name, make in ORACLES.items() if make(3).options.get("data_plate", "") is not None}
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("name", sorted(PER_DATUM.keys() - {"sequential_data"}))
-def test_every_kind_of_pair(name):
+def test_every_kind_of_pair(name, several):
     """Under an exact posterior all weights are equal, so that both means agree, whatever plates the pair has."""
     pair = PER_DATUM[name](3)
 
     def total(**latents: torch.Tensor) -> torch.Tensor:
         return torch.stack([value.double().reshape(*value.shape[:2], -1).sum(-1) for value in latents.values()]).sum(0)
 
-    found = lvm.expectation(pair.model, pair.guide, pair.x, total, *pair.args, num_particles=7, seed=0, **pair.options)
+    guide = [pair.guide] * 2 if several else pair.guide
+    found = lvm.expectation(pair.model, guide, pair.x, total, *pair.args, num_particles=7, seed=0, **pair.options)
     assert found.value.shape == (3,)
     torch.testing.assert_close(found.value, found.under_guide)
     assert set(found.status) == {"zero_variance"}

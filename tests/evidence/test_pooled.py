@@ -203,12 +203,14 @@ def test_the_numbers_by_definition():
             self.taken[index] += size
             tables = [log_joint[index, rows], *log_q[index][:, rows]]
             joint, *qs = (Table(torch.tensor(t), torch.ones(3)) for t in tables)
-            return joint, qs
+            return joint, qs, {}
 
     strata, whole = Strata(Stub(), 4, 3, torch.device("cpu")), WeightAccumulator(3, 8)
+    seen = []
     for size in (3, 3, 2):
-        table = strata.draw(size)
+        table = strata.draw(size, lambda index, log_weights, draws: seen.append((index, len(log_weights))))
         whole.update(table.total, table.magnitude)
+    assert seen == [(0, 3), (0, 1), (1, 2), (1, 2)]
     found, own, _ = strata.summary(whole.summary())
     weights = np.exp(log_joint - logsumexp(log_q, axis=1) + math.log(2))  # (stratum, draw, datum)
     mean = weights.mean((0, 1))
