@@ -4,8 +4,7 @@ Protocol. `pyro_lvm.testing.proving_ground()` has the pairs, 16 or 32 data each,
 estimator runs with its own defaults (importance, prior: K = 1000; pooled: K = 1000 of each guide; annealed: 100 chains
 of 200 to 2000 steps, as its pilot says) and with several seeds, annealing with fewer; nothing was tuned for any pair.
 A case is one datum of one pair with one seed. Shares and means are taken over the cases of a pair, and then over the
-pairs, so that each pair counts alike. An estimator that refuses a pair is scored on the others. The recipe pools the
-guide with the prior, or takes the guide alone where the prior is refused, and anneals where that is alarmed.
+pairs, so that each pair counts alike. An estimator that refuses a pair is scored on the others.
 
     error             value less the exact log p(x), nats
     bias              mean error; in the first table of the cases that are not alarmed
@@ -18,14 +17,14 @@ guide with the prior, or takes the guide alone where the prior is refused, and a
     evaluations       of the model for each datum; one with a gradient counts as one, pilots of annealing not at all
 
 `python -m benchmarks.proving_ground` measures all, `--only NAME` some estimators; with `--cache FILE` what was measured
-is not measured again. An estimator of one's own is a line in ESTIMATORS, a combination of others one in RECIPES.
+is not measured again. An estimator of one's own is a line in ESTIMATORS.
 """
 
 import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -39,6 +38,7 @@ import pyro_lvm as lvm
 from benchmarks import proving_ground_tables
 from benchmarks.proving_ground_scores import Answer, scored
 from pyro_lvm import evidence
+from pyro_lvm.ops import DOUBTFUL
 from pyro_lvm.testing import ProvingPair, proving_ground
 
 Estimator = Callable[[ProvingPair, int], lvm.LogMarginal]
@@ -52,37 +52,15 @@ ESTIMATORS: dict[str, Estimator] = {
     "annealed from the guide": lambda p, seed: evidence.annealed(p.model, p.guide, p.x, seed=seed),
     "annealed from the prior": lambda p, seed: evidence.annealed(p.model, None, p.x, seed=seed),
     "annealed from both": lambda p, seed: evidence.annealed(p.model, [p.guide, None], p.x, seed=seed),
+    "defensive": lambda p, seed: evidence.defensive(p.model, p.guide, p.x, seed=seed),
     "enumeration": lambda p, seed: evidence.enumeration(p.model, p.x),
     "quadrature": lambda p, seed: evidence.quadrature(p.model, p.x),
 }
-EXPENSIVE = ("annealed from the guide", "annealed from the prior", "annealed from both")
+RECOMMENDED = "defensive"
+ANNEALED = ("annealed from the guide", "annealed from the prior", "annealed from both")
+EXPENSIVE = (*ANNEALED, RECOMMENDED)
+TARGET, BUDGET = 0.05, 100_000
 WITHOUT_SEED = ("enumeration", "quadrature")
-
-Answers = Mapping[str, Answer | None]
-
-
-def pooled_then_annealed(answers: Answers) -> Answer | None:
-    """The recipe of the documentation: pool the guide with the prior, and anneal, from both, what is in doubt."""
-    first = answers["pooled with the prior"] or answers["importance"]
-    second = answers["annealed from both"] or answers["annealed from the guide"]
-    if not first or not second:
-        return first
-    doubt, share = first.alarmed, float(first.alarmed.mean())  # annealing is paid for these data alone
-    value, stderr, status = (
-        np.where(doubt, getattr(second, name), getattr(first, name)) for name in ("value", "stderr", "status")
-    )
-    return Answer(
-        value,
-        stderr,
-        status,
-        evaluations=first.evaluations + share * second.evaluations,
-        seconds=first.seconds + share * second.seconds,
-    )
-
-
-#: name -> what is made of the answers of estimators, None where it cannot be made.
-RECIPES: dict[str, Callable[[Answers], Answer | None]] = {"pooled, then annealed": pooled_then_annealed}
-RECOMMENDED = "pooled, then annealed"
 
 
 @dataclass(frozen=True)
@@ -95,7 +73,7 @@ class Settings:
 
     def of(self, name: str) -> range:
         """The seeds of an estimator or recipe."""
-        many = self.annealed_seeds if name in (*EXPENSIVE, *RECIPES) else self.seeds
+        many = self.annealed_seeds if name in EXPENSIVE else self.seeds
         return range(self.first_seed, self.first_seed + (1 if name in WITHOUT_SEED else many))
 
 
@@ -152,9 +130,11 @@ def ask(found: Found, name: str, pair: ProvingPair, seeds: Iterable[int]) -> Non
 
 def answer(record: lvm.LogMarginal, seconds: float) -> Answer:
     """A record as an answer."""
-    evaluations = record.num_particles
-    if course := record.provenance.get("annealing"):
-        evaluations *= float(np.mean(course["num_steps"])) * course["num_leapfrog"]
+    evaluations, course = float(record.num_particles), record.provenance.get("annealing", {})
+    if "num_steps" in course:
+        chains = float(record.particles.min()) * float(np.mean(course["num_steps"])) * course["num_leapfrog"]
+        pooled = "num_data" in course  # and some of them annealed
+        evaluations = evaluations + chains * course["num_data"] / len(record) if pooled else chains
     return Answer(record.value.numpy(), record.stderr.numpy(), record.status, evaluations, seconds)
 
 
@@ -162,9 +142,6 @@ def made_of(found: Found, pairs: Sequence[ProvingPair], settings: Settings) -> d
     """The report of all that was found, and of what takes no time."""
     known = {name for name, _, _ in found}
     procedures = {name: of_estimator(found, name) for name in ESTIMATORS if name in known}
-    needed = {*EXPENSIVE, "importance", "pooled with the prior"}
-    if needed <= known:
-        procedures |= {name: of_recipe(found, name, pairs, settings) for name in RECIPES}
     return {
         "versions": {"pyro_lvm": lvm.__version__, "pyro": pyro.__version__, "torch": torch.__version__},
         "date": date.today().isoformat(),
@@ -172,9 +149,10 @@ def made_of(found: Found, pairs: Sequence[ProvingPair], settings: Settings) -> d
         "pairs": [described(pair) for pair in pairs],
         "procedures": {name: scored(answers, pairs) for name, answers in procedures.items()},
         "refused": refusals(found),
-        "where the guide fails": rescued(found, pairs) if needed <= known else [],
+        "where the guide fails": rescued(found, pairs) if {*ANNEALED, "importance"} <= known else [],
         "modes": [row for pair in pairs if pair.guides for row in one_mode(pair)],
-        "expectation": [row for pair in pairs if pair.mean is not None for row in [moments(pair)]],
+        "expectation": [row for pair in pairs if pair.mean is not None for row in moments(pair)],
+        "target_stderr": [targeted(pair) for pair in pairs],
     }
 
 
@@ -184,18 +162,6 @@ def of_estimator(found: Found, name: str) -> dict[str, list[Answer]]:
     for (estimator, pair, _), each in found.items():
         if estimator == name and isinstance(each, Answer):
             answers.setdefault(pair, []).append(each)
-    return answers
-
-
-def of_recipe(found: Found, name: str, pairs: Sequence[ProvingPair], settings: Settings) -> dict[str, list[Answer]]:
-    """Answers by pair, for the seeds that all its parts have."""
-    answers: dict[str, list[Answer]] = {}
-    for pair in pairs:
-        for seed in settings.of(name):
-            parts = {part: found.get((part, pair.name, seed)) for part in ESTIMATORS}
-            made = RECIPES[name]({part: each if isinstance(each, Answer) else None for part, each in parts.items()})
-            if made:
-                answers.setdefault(pair.name, []).append(made)
     return answers
 
 
@@ -227,7 +193,7 @@ def rescued(found: Found, pairs: Sequence[ProvingPair]) -> list[dict[str, Any]]:
     rows = []
     for pair in pairs:
         row: dict[str, Any] = {"pair": pair.name, "latent_dim": pair.latent_dim}
-        for name in EXPENSIVE:
+        for name in ANNEALED:
             scores, alarmed = [], []
             for (estimator, of, seed), each in found.items():
                 first = found.get(("importance", of, seed))
@@ -241,7 +207,7 @@ def rescued(found: Found, pairs: Sequence[ProvingPair]) -> list[dict[str, Any]]:
                 "beyond 5": sum(score > 5 for score in scores),
                 "beyond 5 without alarm": sum(s > 5 and not a for s, a in zip(scores, alarmed, strict=True)),
             }
-        if row[EXPENSIVE[0]]["cases"]:
+        if row[ANNEALED[0]]["cases"]:
             rows.append(row)
     return rows
 
@@ -268,22 +234,62 @@ def one_mode(pair: ProvingPair) -> list[dict[str, Any]]:
     return rows
 
 
-def moments(pair: ProvingPair) -> dict[str, Any]:
-    """E[z | x] and E[z^2 | x] by the guide, by one seed; a datum is as far off as its farthest coordinate."""
-    row: dict[str, Any] = {"pair": pair.name, "misled": pair.misled}
-    for name, fn, exact in (("z", lambda z: z, pair.mean), ("z^2", lambda z: z.square(), pair.square)):
-        found = lvm.expectation(pair.model, pair.guide, pair.x, fn, seed=0)
+def moments(pair: ProvingPair) -> list[dict[str, Any]]:
+    """E[z | x] and E[z^2 | x] by the guide, and with the prior, by one seed.
+
+    A datum is as far off as its farthest coordinate.
+    """
+    rows = []
+    exact = torch.stack([pair.mean, pair.square], -1)
+    for by, guides in (("guide", pair.guide), ("guide and prior", [pair.guide, None])):
+        try:
+            found = lvm.expectation(
+                pair.model, guides, pair.x, lambda z: torch.stack([z, z.square()], -1), seed=0, num_particles=1000
+            )
+        except lvm.PyroLVMError:  # the prior has no density
+            continue
         scores = in_errors(found.value.reshape(exact.shape) - exact, found.stderr.reshape(exact.shape))
-        worst = scores.reshape(len(pair.x), -1).max(1)  # (N,)
-        row[name] = {
-            word: {
-                "data": int((found.status == word).sum()),
-                "worst": float(worst[found.status == word].max()),
-                "beyond 5": int((worst > 5)[found.status == word].sum()),
+        worst = scores.reshape(len(pair.x), -1, 2).max(1)  # (N, 2)
+        row: dict[str, Any] = {"pair": pair.name, "by": by, "misled": pair.misled}
+        for i, name in enumerate(("z", "z^2")):
+            row[name] = {
+                word: {
+                    "data": int((found.status == word).sum()),
+                    "worst": float(worst[found.status == word, i].max()),
+                    "beyond 5": int((worst[found.status == word, i] > 5).sum()),
+                }
+                for word in found.status_shares()
             }
-            for word in found.status_shares()
-        }
-    return row
+        rows.append(row)
+    return rows
+
+
+def targeted(pair: ProvingPair) -> dict[str, Any]:
+    """What `target_stderr` takes and gives, by one seed, for the data that it promises something of.
+
+    These are within the budget and not alarmed. One K for all of them has the same worst stated error if it is the
+    largest of K s^2 / s*^2, where K and s are those of a datum, and s* is the largest s.
+    """
+    row: dict[str, Any] = {"pair": pair.name, "data": len(pair.x), "promised": 0}
+    try:
+        found = evidence.importance(pair.model, pair.guide, pair.x, num_particles=BUDGET, target_stderr=TARGET, seed=0)
+    except lvm.BudgetError:
+        return row
+    spent = found.provenance.get("target_stderr")
+    stated, particles = found.stderr.numpy(), found.particles.numpy()
+    promised = ~np.isin(found.status, DOUBTFUL) & (particles < BUDGET) & (stated > 0)
+    if not spent or not promised.any():
+        return row
+    error, stated, particles = ((t[promised]) for t in ((found.value - pair.log_prob).numpy(), stated, particles))
+    drawn = float(particles.mean()) + spent["pilot"] / len(pair.x)
+    return row | {
+        "promised": int(promised.sum()),
+        "met": float((stated <= TARGET).mean()),
+        "rms error": float(np.sqrt(np.square(error).mean())),
+        "largest error": float(abs(error).max()),
+        "particles": drawn,
+        "one K": float((particles * np.square(stated / stated.max())).max()),
+    }
 
 
 def rounded(value: Any) -> Any:

@@ -121,10 +121,15 @@ def rescued(report: Report) -> TextTable:
 
 
 def expectation(report: Report) -> TextTable:
-    """Moments by guides that are right and by others, over all pairs."""
+    """Moments by guides that are right and by others, and by these and the prior, over all pairs."""
     lines = []
-    for misled in (False, True):
-        rows = [row for row in report["expectation"] if row["misled"] == misled]
+    kinds = {
+        "guides that are right": ("guide", [False]),
+        "misled guides": ("guide", [True]),
+        "any guide, and the prior": ("guide and prior", [False, True]),
+    }
+    for kind, (by, misled) in kinds.items():
+        rows = [row for row in report["expectation"] if row["by"] == by and row["misled"] in misled]
         words = dict.fromkeys(word for row in rows for word in row["z"])
         for word in sorted(words, key=STATUSES.index):
             cells = []
@@ -132,8 +137,33 @@ def expectation(report: Report) -> TextTable:
                 parts = [row[moment][word] for row in rows if word in row[moment]]
                 data, beyond = (sum(part[key] for part in parts) for key in ("data", "beyond 5"))
                 cells.append(f"{beyond} of {data}")
-            lines.append((f"{'misled' if misled else 'others'}: {word}", *cells))
-    return TextTable(("guides: status", "E[z] beyond 5 errors", "E[z^2] beyond 5 errors"), tuple(lines))
+            lines.append((f"{kind}: {word}", *cells))
+    return TextTable(("by: status", "E[z] beyond 5 errors", "E[z^2] beyond 5 errors"), tuple(lines))
+
+
+def target_stderr(report: Report) -> TextTable:
+    """Particles that were spent for one error, and one K for all."""
+    lines = []
+    for row in report["target_stderr"]:
+        if not row["promised"]:
+            continue
+        data = f"{row['promised']} of {row['data']}"
+        errors = (f"{row['rms error']:.3f}", f"{row['largest error']:.3f}")
+        ratio = f"{row['particles'] / row['one K']:.2f}"
+        lines.append(
+            (row["pair"], data, percent(row["met"]), *errors, count(row["particles"]), count(row["one K"]), ratio)
+        )
+    header = (
+        "pair",
+        "data",
+        "stated error within",
+        "rms error",
+        "largest error",
+        "thousand particles",
+        "one K",
+        "ratio",
+    )
+    return TextTable(header, tuple(lines))
 
 
 #: Name of a table in the documentation -> what makes it.
@@ -144,6 +174,7 @@ TABLES: dict[str, Callable[[Report], TextTable]] = {
     "modes": modes,
     "rescued": rescued,
     "expectation": expectation,
+    "target_stderr": target_stderr,
 }
 
 

@@ -144,16 +144,13 @@ def _shared_reference(
     if len(pairs) < 2:
         return None, ""
     start = time.perf_counter()
-    settings = {
-        name: options[name] for name in ("data_plate", "data_args", "vectorize", "chunks", "device", "progress")
-    }
+    settings = {name: options[name] for name in ("data_plate", "vectorize", "chunks", "progress")}
     settings["num_particles"] = math.ceil(2 * options["num_particles"] / len(pairs))
     settings["seed"] = (options["seed"] + 1) % 2**32  # so that its errors are independent of those of the rows
     try:
         with warnings.catch_warnings():
-            for said in (UnreliableEstimateWarning, UntrainedParameterWarning):
-                warnings.simplefilter("ignore", said)  # of every row, or in the notes
-            pooled = pool(pairs, x, args, **settings)
+            warnings.simplefilter("ignore", UntrainedParameterWarning)  # of every row, or in the notes
+            pooled = pool(pairs, data_source(x, args, options["data_args"], options["device"]), **settings)
     except KeyboardInterrupt:
         return None, "Interrupted: the guides were not pooled to a reference."
     except Exception as error:  # noqa: BLE001 - what a guide makes of draws of another; the rows stand without it

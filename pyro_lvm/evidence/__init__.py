@@ -3,6 +3,7 @@
 from pyro_lvm.evidence.annealed import annealed
 from pyro_lvm.evidence.closed_form import closed_form
 from pyro_lvm.evidence.dataset_mean import dataset_mean
+from pyro_lvm.evidence.defensive import defensive
 from pyro_lvm.evidence.draws import PosteriorDraws, posterior_draws
 from pyro_lvm.evidence.enumeration import enumeration
 from pyro_lvm.evidence.expectation import Expectation, expectation
@@ -23,6 +24,7 @@ __all__ = [
     "annealed",
     "closed_form",
     "dataset_mean",
+    "defensive",
     "enumeration",
     "expectation",
     "importance",

@@ -10,12 +10,12 @@ from pyro_lvm._checks import check_chunks, check_positive_int
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.evidence.annealing import Course, Path, anneal
 from pyro_lvm.evidence.columns import Columns
-from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.job import Job
 from pyro_lvm.evidence.pilot import PILOT_CHAINS, enough_steps, most_rows, tune
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.several import prior_of_the_rest, proposing
-from pyro_lvm.evidence.verdict import warn_of_doubt
+from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -106,12 +106,34 @@ def annealed(
         >>> print(f"{result.mean:.1f}")  # log N(0; 0, 2) = -1.27
         -1.3
     """
+    source = data_source(x, args, data_args, device)
+    return quoted(
+        run_annealed(
+            model, guide, source, num_particles, num_steps, num_leapfrog, data_plate, vectorize, chunks, seed, progress
+        ),
+        x,
+    )
+
+
+def run_annealed(
+    model: Model,
+    guide: Guide | Guides | None,
+    source: Rows,
+    num_particles: int,
+    num_steps: int | None,
+    num_leapfrog: int,
+    data_plate: DataPlate,
+    vectorize: Vectorize,
+    chunks: Chunks,
+    seed: int | None,
+    progress: bool | None,
+) -> LogMarginal:
+    """`annealed` of data that are ready to be read."""
     num_particles = check_positive_int("num_particles", num_particles)
     if num_steps is not None:
         num_steps = check_positive_int("num_steps", num_steps)
     num_leapfrog = check_positive_int("num_leapfrog", num_leapfrog)
     chunks = check_chunks(chunks)
-    source = data_source(x, args, data_args, device)
     devices = [device_of(source)]
     program = prior_of_the_rest(model, source, data_plate) if guide is None else guide
     with proposing(model, program, source, data_plate, vectorize) as start:
@@ -134,16 +156,14 @@ def annealed(
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
     name = ", ".join(start.names) or ("prior" if guide is None else "guide")
-    provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    record = LogMarginal(
+    about = {"seed": seed, "device": str(devices[0])} | job.provenance()
+    return LogMarginal(
         **columns.numbers,
         status=columns.status,
         num_particles=num_particles,
         method="annealed importance sampling",
-        provenance=provenance | job.provenance() | {"annealing": {"start": name} | job.annealing()},
+        provenance=about | {"annealing": {"start": name} | job.annealing()},
     )
-    warn_of_doubt("LogMarginal", record.status, record.verdict)
-    return record
 
 
 def annealing_chunks(plan: Plan, model: Model, guide: Guide, source: Rows, num_particles: int) -> tuple[int, int]:

@@ -20,10 +20,10 @@ _CHECKED = 1024  # rows of an array that are looked at for numbers at once
 
 
 class _ReadRows:
-    """Data that are read when they are asked for; ``read(range)`` gives x, or a tuple that begins with it."""
+    """Data that are read when they are asked for; ``read(numbers)`` gives x, or a tuple that begins with it."""
 
     def __init__(
-        self, length: int, read: Callable[[range], Any], args: Sequence[Any], data_args: DataArgs, device: Any
+        self, length: int, read: Callable[[Sequence[int]], Any], args: Sequence[Any], data_args: DataArgs, device: Any
     ) -> None:
         self.length, self.read, self.device = length, read, device
         _, *own = make_batch(torch.empty(length, 0), args, data_args).per_datum
@@ -32,26 +32,27 @@ class _ReadRows:
     def __len__(self) -> int:
         return self.length
 
-    def rows(self, index: slice) -> Batch:
+    def rows(self, index: slice | torch.Tensor) -> Batch:
         """Read some items."""
-        items = self.read(range(*index.indices(len(self))))
+        items = self.read(range(*index.indices(len(self))) if isinstance(index, slice) else index.tolist())
         x, *others = items if isinstance(items, list | tuple) else (items,)
-        others += [a[index] if own else a for a, own in self.args]
+        others += [a[index if isinstance(index, slice) else index.to(a.device)] if own else a for a, own in self.args]
         per_datum = (True,) * (1 + len(others) - len(self.args)) + tuple(own for _, own in self.args)
         x = x if isinstance(x, torch.Tensor) else data_tensor("x", x)
         return Batch((x, *others), per_datum).to(self.device)
 
 
-def _items(dataset: Any, collate: Callable[[Any], Any], indices: range) -> Any:
+def _items(dataset: Any, collate: Callable[[Any], Any], indices: Sequence[int]) -> Any:
     """Items of a map-style data set, read together where it can."""
     if getattr(dataset, "__getitems__", None):
         return collate(dataset.__getitems__(list(indices)))
     return collate([dataset[i] for i in indices])
 
 
-def _copied(array: np.ndarray, indices: range) -> torch.Tensor:
+def _copied(array: np.ndarray, indices: Sequence[int]) -> torch.Tensor:
     """A copy, since an array that is mapped from a file may be read-only, which tensors cannot be."""
-    return torch.from_numpy(np.array(array[indices.start : indices.stop], order="C"))
+    rows = slice(indices.start, indices.stop) if isinstance(indices, range) else list(indices)
+    return torch.from_numpy(np.array(array[rows], order="C"))
 
 
 def _has_numbers(array: np.ndarray) -> bool:

@@ -12,9 +12,9 @@ from pyro_lvm._checks import check_chunks, check_positive_int, refuse
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError, SiteError
 from pyro_lvm.evidence.columns import Columns
-from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.several import proposing
-from pyro_lvm.evidence.verdict import status_shares, verdict, warn_of_doubt
+from pyro_lvm.evidence.verdict import quoted, status_shares, verdict
 from pyro_lvm.evidence.weighted import WeightedJob
 from pyro_lvm.ops import RatioAccumulator, RatioSummary, WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
@@ -199,10 +199,7 @@ def estimate(
         job = MeansJob(plan, start.pair, start.tables, source, total, sizes, columns, members=members, values=of)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
-    provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    record = job.record(provenance | job.provenance())
-    warn_of_doubt("Expectation", record.status, record.verdict)
-    return record
+    return quoted(job.record({"seed": seed, "device": str(devices[0])} | job.provenance()), x)
 
 
 @dataclass

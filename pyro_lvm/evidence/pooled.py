@@ -8,12 +8,12 @@ import torch
 from pyro_lvm._checks import check_chunks, check_positive_int
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.evidence.columns import Columns
-from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.several import joined, named
-from pyro_lvm.evidence.verdict import warn_of_doubt
+from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.evidence.weighted import WeightedJob
-from pyro_lvm.tracing.batch import DataArgs
+from pyro_lvm.tracing.batch import DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng
 
@@ -98,25 +98,22 @@ def pooled(
         0.7 disagreement
     """
     pairs = {name: (model, guide) for name, guide in named(guides).items()}
-    return pool(pairs, x, args, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress)
+    source = data_source(x, args, data_args, device)
+    return quoted(pool(pairs, source, num_particles, data_plate, vectorize, chunks, seed, progress), x)
 
 
 def pool(
     pairs: Mapping[str, tuple[Model, Guide | None]],
-    x: Data,
-    args: tuple[Any, ...],
+    source: Rows,
     num_particles: int,
     data_plate: DataPlate,
-    data_args: DataArgs,
     vectorize: Vectorize,
     chunks: Chunks,
     seed: int | None,
-    device: torch.device | str | None,
     progress: bool | None,
 ) -> LogMarginal:
     """`pooled` of pairs whose models are one, each with the parameters that it learned."""
     num_particles, chunks = check_positive_int("num_particles", num_particles), check_chunks(chunks)
-    source = data_source(x, args, data_args, device)
     devices = [device_of(source)]
     with joined(pairs, source, data_plate, vectorize) as (members, pair):
         total, plan = len(members) * num_particles, members[0].plan
@@ -126,13 +123,10 @@ def pool(
         job = WeightedJob(plan, pair, tables, source, total, sizes, columns, members=members)
         with evaluation_rng(seed, devices):
             job.run(progress)
-    provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
-    record = LogMarginal(
+    return LogMarginal(
         **columns.numbers,
         status=columns.status,
         num_particles=total,
         method=f"mixture of {len(members)} guides",
-        provenance=provenance | job.provenance(),
+        provenance={"seed": seed, "device": str(devices[0])} | job.provenance(),
     )
-    warn_of_doubt("LogMarginal", record.status, record.verdict)
-    return record

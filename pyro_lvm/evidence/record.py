@@ -115,9 +115,10 @@ class LogMarginal:
     @property
     def particles_in_words(self) -> str:
         """K, or its range over the data."""
-        if not len(self) or bool((self.particles == self.num_particles).all()):
+        if not len(self):
             return str(self.num_particles)
-        return f"{self.particles.min():.0f} to {self.particles.max():.0f}"
+        least, most = (f"{each:.0f}" for each in self.particles.aminmax())
+        return most if least == most else f"{least} to {most}"
 
     @property
     def gap(self) -> torch.Tensor:

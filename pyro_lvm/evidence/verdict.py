@@ -1,12 +1,17 @@
 """What the statuses of a record say in words: how many data have which, and what may be quoted."""
 
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
 import numpy as np
 
 from pyro_lvm._checks import warn_caller
+from pyro_lvm._typing import Data
 from pyro_lvm.errors import UnreliableEstimateWarning
+from pyro_lvm.evidence.data import data_provenance
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 
-__all__ = ["doubt", "status_shares", "verdict", "warn_of_doubt"]
+__all__ = ["doubt", "quoted", "status_shares", "verdict", "warn_of_doubt"]
 
 _CURES = {
     "unreliable": "More particles, or a guide that fits better.",
@@ -48,6 +53,26 @@ def verdict(status: np.ndarray, quantity: str) -> str:
     if set(shares) <= {"exact", "zero_variance"}:
         return "all weights are equal: exact, if the guide covers the whole posterior."
     return "no fault found; draws of one guide cannot show a mode that it misses."
+
+
+class _Record(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def status(self) -> np.ndarray: ...
+    @property
+    def provenance(self) -> dict[str, Any]: ...
+    @property
+    def verdict(self) -> str: ...
+
+
+Quoted = TypeVar("Quoted", bound=_Record)
+
+
+def quoted(record: Quoted, x: Data) -> Quoted:
+    """The record with what the data say of themselves, and one warning if some have no trustworthy value."""
+    warn_of_doubt(type(record).__name__, record.status, record.verdict)
+    return replace(record, provenance={"data": data_provenance(x)} | record.provenance)
 
 
 def warn_of_doubt(record: str, status: np.ndarray, words: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from pyro_lvm._checks import check_device, refuse
 from pyro_lvm.errors import DataTypeError, ShapeError
 
-__all__ = ["Batch", "DataArgs", "Rows", "make_batch"]
+__all__ = ["Batch", "DataArgs", "Rows", "Selected", "make_batch"]
 
 #: "auto", or the positions among ``*args`` of the arguments that have one row per datum.
 DataArgs = str | Sequence[int]
@@ -21,8 +21,23 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, index: slice) -> "Batch":
+    def rows(self, index: slice | torch.Tensor) -> "Batch":
         """The arguments of some data."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Some of the data, by their numbers."""
+
+    source: Rows
+    numbers: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rows(self, index: slice | torch.Tensor) -> "Batch":
+        """As of any data."""
+        return self.source.rows(self.numbers[index])
 
 
 @dataclass(frozen=True)
