@@ -265,29 +265,27 @@ def moments(pair: ProvingPair) -> list[dict[str, Any]]:
 
 
 def targeted(pair: ProvingPair) -> dict[str, Any]:
-    """What `target_stderr` takes and gives, by one seed, for the data that it promises something of.
+    """What `target_stderr` takes of all data, and gives to those within the budget that are not alarmed, by one seed.
 
-    These are within the budget and not alarmed. One K for all of them has the same worst stated error if it is the
-    largest of K s^2 / s*^2, where K and s are those of a datum, and s* is the largest s.
+    One K for all has the same worst stated error if it is the largest of K s^2 / s*^2, where K and s are those of a
+    datum, and s* is the largest s.
     """
     row: dict[str, Any] = {"pair": pair.name, "data": len(pair.x), "promised": 0}
     try:
         found = evidence.importance(pair.model, pair.guide, pair.x, num_particles=BUDGET, target_stderr=TARGET, seed=0)
     except lvm.BudgetError:
         return row
-    spent = found.provenance.get("target_stderr")
-    stated, particles = found.stderr.numpy(), found.particles.numpy()
+    spent, stated, particles = found.provenance.get("target_stderr"), found.stderr.numpy(), found.particles.numpy()
     promised = ~np.isin(found.status, DOUBTFUL) & (particles < BUDGET) & (stated > 0)
     if not spent or not promised.any():
         return row
-    error, stated, particles = ((t[promised]) for t in ((found.value - pair.log_prob).numpy(), stated, particles))
-    drawn = float(particles.mean()) + spent["pilot"] / len(pair.x)
+    error = (found.value - pair.log_prob).numpy()[promised]
     return row | {
         "promised": int(promised.sum()),
-        "met": float((stated <= TARGET).mean()),
+        "met": float((stated[promised] <= TARGET).mean()),
         "rms error": float(np.sqrt(np.square(error).mean())),
         "largest error": float(abs(error).max()),
-        "particles": drawn,
+        "particles": (spent["pilot"] + spent["final"]) / len(pair.x),
         "one K": float((particles * np.square(stated / stated.max())).max()),
     }
 

@@ -10,15 +10,17 @@ import torch
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.errors import PyroLVMError
 from pyro_lvm.evidence.annealed import run_annealed
-from pyro_lvm.evidence.data import data_source
+from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.pooled import pool
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.several import named
 from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.ops import DOUBTFUL, STATUSES
-from pyro_lvm.tracing.batch import DataArgs, Selected
+from pyro_lvm.tracing.batch import DataArgs, Rows, Selected
 
 __all__ = ["defensive"]
+
+_IN_DOUBT = ("heavy_tail", *DOUBTFUL)  # of the former the value is usable, and the stated error too small
 
 
 def defensive(
@@ -39,9 +41,11 @@ def defensive(
     r"""log p(x) of every datum from guide and prior together, by annealing where importance sampling will not do.
 
     First `pooled` with the guide and the prior: the prior sees modes that the guide misses, as long as there are few
-    dimensions, and bounds the weights. Then `annealed` from both for the data that are still in doubt (``unreliable``,
-    ``no_support``, ``nonfinite``), which costs some hundred times as much for each of them. What it is worth is
-    measured: see the page on the proving ground.
+    dimensions, and bounds the weights. Then `annealed` from both for the data whose value or stated error is in doubt
+    (``heavy_tail``, ``unreliable``, ``no_support``, ``nonfinite``), which costs some hundred times as much for each of
+    them. The others are pooled anew: a datum looks well where no large weight was drawn, so that the values which led
+    to this choice are too low in the mean of those that it keeps. What all of this is worth is measured: see the page
+    on the proving ground.
 
     Args:
         model: generative program p(x, z).
@@ -55,7 +59,8 @@ def defensive(
         data_args: positions among ``args`` of those with one row per datum.
         vectorize: ``False`` runs one particle at a time.
         chunks: (data, particles) computed at once; None chooses from a memory budget.
-        seed: forks the global random state; None draws from it. Annealing takes the next one.
+        seed: forks the global random state; None draws from it. The second pool takes the next one, annealing the one
+            after that.
         device: where to compute; None stays on the device of x.
         progress: show bars; None shows them in a terminal.
 
@@ -63,7 +68,7 @@ def defensive(
         `LogMarginal`, results ``(N,)`` in nats. Biased low, by about half the variance of the value. ``particles`` is
         the number of chains where a datum was annealed, and that of all draws elsewhere. ``provenance["annealing"]``
         has ``num_data``, or says under ``refused`` why there was none, as with discrete latents that the guide draws.
-        Interrupted with Ctrl-C it holds the data that were pooled; some of them may not be annealed yet.
+        Interrupted with Ctrl-C it holds the data that were pooled first; some of them may still have these values.
 
     Raises:
         SupportError, SiteError: the prior has no density at given draws: pass guides of your own in a list.
@@ -93,33 +98,51 @@ def defensive(
     source = data_source(x, args, data_args, device)
     guides = named(guide if isinstance(guide, Sequence | Mapping) else {"guide": guide, "prior": None})
     pairs = {name: (model, each) for name, each in guides.items()}
-    record = pool(pairs, source, num_particles, data_plate, vectorize, chunks, seed, progress)
-    doubtful = torch.from_numpy(np.isin(record.status, DOUBTFUL).nonzero()[0]).to(record.value.device)
-    if len(doubtful) and record.provenance["finished"]:
-        tied = record.provenance["streamed"] == "particles"  # all data or none
-        chosen, again = source if tied else Selected(source, doubtful), None if seed is None else (seed + 1) % 2**32
-        try:
-            chains = run_annealed(
-                model, guides, chosen, num_chains, None, 3, data_plate, vectorize, chunks, again, progress
-            )
-            done = doubtful[: len(chains)]
-            record = _mended(record, done, chains, done if tied else torch.arange(len(done), device=done.device))
-        except KeyboardInterrupt:
-            pass
-        except PyroLVMError as error:  # as of discrete latents; what is there is not lost
-            refused = {"annealing": {"num_data": 0, "refused": str(error)}}
-            record = replace(record, provenance=record.provenance | refused)
+    settings = (data_plate, vectorize, chunks)
+    record = pool(pairs, source, num_particles, *settings, seed, progress)
+    if not record.provenance["finished"]:
+        return quoted(record, x)
+    doubtful = np.isin(record.status, _IN_DOUBT)
+    tied = record.provenance["streamed"] == "particles"  # all data or none
+    try:
+        if doubtful.any():
+            chosen = _Chosen(source, doubtful, tied)
+            chains = run_annealed(model, guides, chosen.rows, num_chains, None, 3, *settings, _after(seed, 2), progress)
+            record = chosen.put(record, chains)
+            done = min(len(chains), int(doubtful.sum()))
+            annealing = {"annealing": chains.provenance["annealing"] | {"num_data": done}}
+            method = f"{record.method}, {done} data annealed"
+            record = replace(record, method=method, provenance=record.provenance | annealing)
+        if not doubtful.all():
+            chosen = _Chosen(source, ~doubtful, tied)
+            record = chosen.put(record, pool(pairs, chosen.rows, num_particles, *settings, _after(seed, 1), progress))
+    except KeyboardInterrupt:
+        pass
+    except PyroLVMError as error:  # as of discrete latents; what is there is not lost
+        refused = {"annealing": {"num_data": 0, "refused": str(error)}}
+        record = replace(record, provenance=record.provenance | refused)
     return quoted(record, x)
 
 
-def _mended(record: LogMarginal, at: torch.Tensor, other: LogMarginal, rows: torch.Tensor) -> LogMarginal:
-    """A record with those of its results ``at`` that ``rows`` of another one have."""
-    columns: dict[str, Any] = {}
-    for name in (f.name for f in fields(record) if f.type is torch.Tensor):
-        columns[name] = getattr(record, name).clone()
-        columns[name][at] = getattr(other, name)[rows]
-    status = record.status.astype(f"<U{max(map(len, STATUSES))}")
-    status[at.cpu().numpy()] = other.status[rows.cpu().numpy()]
-    annealing = {"annealing": other.provenance["annealing"] | {"num_data": len(at)}}
-    method = f"{record.method}, {len(at)} data annealed"
-    return replace(record, **columns, status=status, method=method, provenance=record.provenance | annealing)
+def _after(seed: int | None, steps: int) -> int | None:
+    return None if seed is None else (seed + steps) % 2**32
+
+
+class _Chosen:
+    """Some of the data, or all where they cannot be had apart, whose results alone count."""
+
+    def __init__(self, source: Rows, chosen: np.ndarray, tied: bool) -> None:
+        self.at = torch.from_numpy(chosen.nonzero()[0]).to(device_of(source))
+        self.rows, self.tied = source if tied else Selected(source, self.at), tied
+
+    def put(self, record: LogMarginal, other: LogMarginal) -> LogMarginal:
+        """The record with the results that another one has of these data, as far as it went."""
+        at = self.at[: len(other)]
+        rows = at if self.tied else torch.arange(len(at), device=at.device)
+        columns: dict[str, Any] = {}
+        for name in (f.name for f in fields(record) if f.type is torch.Tensor):
+            columns[name] = getattr(record, name).clone()
+            columns[name][at] = getattr(other, name)[rows]
+        status = record.status.astype(f"<U{max(map(len, STATUSES))}")
+        status[at.cpu().numpy()] = other.status[rows.cpu().numpy()]
+        return replace(record, **columns, status=status)

@@ -20,7 +20,7 @@ from tests.references import ORACLES
 module = importlib.import_module("pyro_lvm.evidence.defensive")
 X = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
 LOC = torch.arange(6, dtype=torch.float64)
-NOISE = 0.01
+NOISE = 0.02
 GOOD = torch.tensor([True, False, True, False, False, True])
 PAIRS = {pair.name: pair for pair in lvm.testing.proving_ground()}
 
@@ -66,32 +66,32 @@ DATA = {
 
 @functools.cache
 def parts(chunks):
-    """The pool of all data, and the annealing of those that it leaves in doubt."""
-    guides = {"guide": guide, "prior": None}
-    first = pooled(model, guides, X, *ARGS, chunks=chunks, num_particles=200, seed=3)
-    rows = [t[~GOOD] for t in (X, *ARGS)]
-    return first, annealed(model, guides, *rows, chunks=chunks, num_particles=50, seed=4)
+    """The pool of all data, the annealing of those that it leaves in doubt, and the others pooled anew."""
+    guides, options = {"guide": guide, "prior": None}, {"chunks": chunks, "num_particles": 200}
+    first = pooled(model, guides, X, *ARGS, **options, seed=3)
+    doubtful, others = ([t[rows] for t in (X, *ARGS)] for rows in (~GOOD, GOOD))
+    again = pooled(model, guides, *others, **options, seed=4)
+    return first, again, annealed(model, guides, *doubtful, chunks=chunks, num_particles=50, seed=5)
 
 
-@pytest.mark.parametrize(("form", "chunks"), [(form, None) for form in DATA] + [("dataset", (2, 40))])
-def test_it_is_the_pool_and_of_what_is_in_doubt_the_annealing(form, chunks):
+@pytest.mark.parametrize(("form", "chunks"), [(form, None) for form in DATA] + [("dataset", (4, 120))])
+def test_it_is_a_new_pool_and_of_what_is_in_doubt_the_annealing(form, chunks):
     """To the bit, in the places of the data in doubt, for arguments of the data as for the data."""
     found = defensive(model, guide, *DATA[form], chunks=chunks, num_particles=200, num_chains=50, seed=3)
-    first, chains = parts(chunks)
+    first, again, chains = parts(chunks)
     doubt = np.isin(first.status, DOUBTFUL)
     assert doubt.tolist() == (~GOOD).tolist()
     for name in ("value", "stderr", "bias", "elbo", "elbo_stderr", "ess", "khat", "particles"):
         column = getattr(found, name)
-        torch.testing.assert_close(column[GOOD], getattr(first, name)[GOOD], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(column[GOOD], getattr(again, name), rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(column[~GOOD], getattr(chains, name), rtol=0, atol=0, equal_nan=True)
     assert found.status[doubt].tolist() == chains.status.tolist()
-    assert found.status[~doubt].tolist() == first.status[~doubt].tolist()
+    assert found.status[~doubt].tolist() == again.status.tolist()
     assert (found.num_particles, found.particles_in_words) == (400, "50 to 400")
     assert found.method == "mixture of 2 guides, 3 data annealed"
     assert found.provenance["annealing"] == chains.provenance["annealing"] | {"num_data": 3}
     assert found.provenance["guides"].keys() == {"guide", "prior"}
     assert ((found.value - TRUTH).abs() < 5 * found.stderr + 1e-6).all()
-    assert (first.value - TRUTH).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -126,20 +126,11 @@ def test_a_pair_that_is_tied_to_its_data_is_annealed_as_a_whole():
 
 
 def test_one_joint_result():
-    found = defensive(
-        model,
-        guide,
-        X,
-        LOC,
-        torch.zeros(6, dtype=torch.bool),
-        data_plate=None,
-        num_particles=200,
-        num_chains=50,
-        seed=0,
-    )
+    pair = PAIRS["wide-10d"]
+    found = defensive(pair.model, pair.guide, pair.x[:2], data_plate=None, num_particles=200, seed=0)
     assert len(found) == 1
-    assert found.particles.tolist() == [50]
-    assert abs(found.total - float(TRUTH.sum())) < 5 * float(found.stderr) + 1e-3
+    assert found.particles.tolist() == [100]
+    assert abs(found.total - float(pair.log_prob[:2].sum())) < 5 * float(found.stderr)
 
 
 def test_discrete_latents_stay_as_they_were_pooled_and_it_says_why():
