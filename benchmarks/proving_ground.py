@@ -130,11 +130,14 @@ def ask(found: Found, name: str, pair: ProvingPair, seeds: Iterable[int]) -> Non
 
 def answer(record: lvm.LogMarginal, seconds: float) -> Answer:
     """A record as an answer."""
-    evaluations, course = float(record.num_particles), record.provenance.get("annealing", {})
+    evaluations, course, chains = float(record.num_particles), record.provenance.get("annealing", {}), 0.0
     if "num_steps" in course:
         chains = float(record.particles.min()) * float(np.mean(course["num_steps"])) * course["num_leapfrog"]
-        pooled = "num_data" in course  # and some of them annealed
-        evaluations = evaluations + chains * course["num_data"] / len(record) if pooled else chains
+    if record.method.startswith("defensive"):  # all pooled, some annealed, the others pooled anew
+        share = course.get("num_data", 0) / len(record)
+        evaluations += chains * share + evaluations * (1 - share) * ("refused" not in course)
+    elif course:
+        evaluations = chains
     return Answer(record.value.numpy(), record.stderr.numpy(), record.status, evaluations, seconds)
 
 

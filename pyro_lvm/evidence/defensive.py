@@ -100,6 +100,7 @@ def defensive(
     pairs = {name: (model, each) for name, each in guides.items()}
     settings = (data_plate, vectorize, chunks)
     record = pool(pairs, source, num_particles, *settings, seed, progress)
+    record = replace(record, method=f"defensive {record.method}")
     if not record.provenance["finished"]:
         return quoted(record, x)
     doubtful = np.isin(record.status, _IN_DOUBT)

@@ -88,7 +88,7 @@ def test_it_is_a_new_pool_and_of_what_is_in_doubt_the_annealing(form, chunks):
     assert found.status[doubt].tolist() == chains.status.tolist()
     assert found.status[~doubt].tolist() == again.status.tolist()
     assert (found.num_particles, found.particles_in_words) == (400, "50 to 400")
-    assert found.method == "mixture of 2 guides, 3 data annealed"
+    assert found.method == "defensive mixture of 2 guides, 3 data annealed"
     assert found.provenance["annealing"] == chains.provenance["annealing"] | {"num_data": 3}
     assert found.provenance["guides"].keys() == {"guide", "prior"}
     assert ((found.value - TRUTH).abs() < 5 * found.stderr + 1e-6).all()
@@ -100,7 +100,7 @@ def test_every_kind_of_pair_with_an_exact_guide(name):
     pair = ORACLES[name](3)
     found = defensive(pair.model, [pair.guide] * 2, pair.x, *pair.args, num_particles=2, seed=0, **pair.options)
     torch.testing.assert_close(found.value, pair.log_px, rtol=0, atol=1e-10)
-    assert found.method == "mixture of 2 guides"
+    assert found.method == "defensive mixture of 2 guides"
     assert "annealing" not in found.provenance
 
 
@@ -138,7 +138,7 @@ def test_discrete_latents_stay_as_they_were_pooled_and_it_says_why():
     found = defensive(pair.model, pair.guide, pair.x, seed=0)
     first = pooled(pair.model, [pair.guide, None], pair.x, seed=0)
     assert found.value.equal(first.value)
-    assert found.method == first.method
+    assert found.method == "defensive mixture of 2 guides"
     assert found.provenance["annealing"]["num_data"] == 0
     assert "expected a continuous latent, got a discrete one" in found.provenance["annealing"]["refused"]
 
