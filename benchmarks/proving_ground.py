@@ -268,11 +268,7 @@ def moments(pair: ProvingPair) -> list[dict[str, Any]]:
 
 
 def targeted(pair: ProvingPair) -> dict[str, Any]:
-    """What `target_stderr` takes of all data, and gives to those within the budget that are not alarmed, by one seed.
-
-    One K for all has the same worst stated error if it is the largest of K s^2 / s*^2, where K and s are those of a
-    datum, and s* is the largest s.
-    """
+    """What `target_stderr` takes of all data, and gives to those within the budget that are not alarmed."""
     row: dict[str, Any] = {"pair": pair.name, "data": len(pair.x), "promised": 0}
     try:
         found = evidence.importance(pair.model, pair.guide, pair.x, num_particles=BUDGET, target_stderr=TARGET, seed=0)
@@ -289,7 +285,6 @@ def targeted(pair: ProvingPair) -> dict[str, Any]:
         "rms error": float(np.sqrt(np.square(error).mean())),
         "largest error": float(abs(error).max()),
         "particles": (spent["pilot"] + spent["final"]) / len(pair.x),
-        "one K": float((particles * np.square(stated / stated.max())).max()),
     }
 
 

@@ -15,7 +15,7 @@ import pyro_lvm as lvm
 from pyro_lvm.errors import ShapeError, SiteError, SupportError
 from pyro_lvm.evidence import annealed, defensive, pooled
 from pyro_lvm.ops import DOUBTFUL
-from tests.references import ORACLES
+from tests.references import ORACLES, lognormal
 
 module = importlib.import_module("pyro_lvm.evidence.defensive")
 X = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
@@ -92,6 +92,27 @@ def test_it_is_a_new_pool_and_of_what_is_in_doubt_the_annealing(form, chunks):
     assert found.provenance["annealing"] == chains.provenance["annealing"] | {"num_data": 3}
     assert found.provenance["guides"].keys() == {"guide", "prior"}
     assert ((found.value - TRUTH).abs() < 5 * found.stderr + 1e-6).all()
+
+
+@pytest.mark.statistical
+def test_values_that_led_to_the_choice_are_not_kept(monkeypatch):
+    """1,000 data alike: those that look well are low by many errors of their mean, and pooled anew they are not.
+
+    log w is normal with a standard deviation of 1.3; what is annealed is left out here.
+    """
+    program, wide = lognormal(1.3)
+    x = torch.zeros(1000, dtype=torch.float64)
+    kept = np.isin(pooled(program, [wide] * 2, x, num_particles=100, seed=0).status, module._IN_DOUBT) == 0
+    assert 100 < kept.sum() < 900
+    rest = pooled(program, [wide] * 2, x[~kept], seed=9)
+    annealed_ones = dataclasses.replace(rest, provenance=rest.provenance | {"annealing": {}})
+    monkeypatch.setattr(module, "run_annealed", lambda *args: annealed_ones)
+    monkeypatch.setattr(module, "_after", lambda seed, steps: 1)
+    found = defensive(program, [wide] * 2, x, num_particles=100, seed=0)
+    truth, first = dist.Normal(0.0, 1.0).log_prob(x[0]), pooled(program, [wide] * 2, x, num_particles=100, seed=0)
+    for record, low in ((first, True), (found, False)):
+        part = (record.value - record.bias - truth)[kept]
+        assert (part.mean() < -5 * part.std() / len(part) ** 0.5) == low
 
 
 @pytest.mark.parametrize("name", ORACLES)
