@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
-from pyro_lvm.errors import ShapeError, SiteError, SupportError
+from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, SupportError
 from pyro_lvm.evidence import annealed, defensive, pooled
 from pyro_lvm.ops import DOUBTFUL
 from tests.references import ORACLES, lognormal
@@ -223,6 +223,17 @@ def test_what_has_no_prior_to_pool(name, error, words):
         defensive(pair.model, pair.guide, pair.x)
 
 
-def test_a_list_of_one_is_refused():
-    with pytest.raises(ShapeError, match="guides: expected at least two, got 1"):
-        defensive(model, [guide], X, *ARGS)
+@pytest.mark.parametrize(
+    ("proposal", "options", "error", "words"),
+    [
+        ([guide], {}, ShapeError, "guides: expected at least two, got 1"),
+        (None, {}, DataTypeError, "guide: expected a Pyro program, got None"),
+        (guide, {"num_chains": 0}, ShapeError, "num_chains: expected"),
+        (guide, {"num_particles": 1.5}, DataTypeError, "num_particles: expected"),
+        (guide, {"chunks": (0, 1)}, ShapeError, r"chunks\[0\]: expected"),
+    ],
+)
+def test_bad_arguments(proposal, options, error, words):
+    """Before anything is drawn, and not as what annealing refuses."""
+    with pytest.raises(error, match=words):
+        defensive(model, proposal, X, *ARGS, **options)
