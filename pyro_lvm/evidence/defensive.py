@@ -109,18 +109,18 @@ def defensive(
     record = replace(record, method=f"defensive {record.method}")
     if not record.provenance["finished"]:
         return quoted(record, x)
-    doubtful = np.isin(record.status, _IN_DOUBT)
+    doubtful, finished = np.isin(record.status, _IN_DOUBT), True
     tied = record.provenance["streamed"] == "particles"  # all data or none
     try:
         if doubtful.any():
             chosen = _Chosen(source, doubtful, tied)
             chains = run_annealed(model, guides, chosen.rows, num_chains, None, 3, *settings, _after(seed, 2), progress)
             record = chosen.put(record, chains)
-            done = min(len(chains), int(doubtful.sum()))
+            done, finished = min(len(chains), int(doubtful.sum())), chains.provenance["finished"]
             annealing = {"annealing": chains.provenance["annealing"] | {"num_data": done}}
             method = f"{record.method}, {done} data annealed"
             record = replace(record, method=method, provenance=record.provenance | annealing)
-        if not doubtful.all():
+        if finished and not doubtful.all():
             chosen = _Chosen(source, ~doubtful, tied)
             record = chosen.put(record, pool(pairs, chosen.rows, num_particles, *settings, _after(seed, 1), progress))
     except KeyboardInterrupt:

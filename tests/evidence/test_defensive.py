@@ -190,12 +190,16 @@ def test_ctrl_c_in_the_middle_of_annealing(monkeypatch):
     def some(*args):
         record = run(*args)
         columns = {f.name: getattr(record, f.name)[:1] for f in dataclasses.fields(record) if f.type is torch.Tensor}
-        return dataclasses.replace(record, **columns, status=record.status[:1])
+        provenance = record.provenance | {"finished": False}
+        return dataclasses.replace(record, **columns, status=record.status[:1], provenance=provenance)
 
     monkeypatch.setattr(module, "run_annealed", some)
     found = defensive(model, guide, X, *ARGS, num_particles=200, num_chains=50, seed=3)
     assert found.particles.tolist() == [400, 50, 400, 400, 400, 400]
     assert np.isin(found.status, DOUBTFUL).tolist() == [False, False, False, True, True, False]
+    assert found.provenance["annealing"]["num_data"] == 1
+    first, _, _ = parts(None)
+    assert found.value[GOOD].equal(first.value[GOOD])  # nothing is begun after that
 
 
 def test_it_can_be_saved_and_repeated(tmp_path):
