@@ -140,7 +140,7 @@ def run_annealed(
         tables, plan = start.tables, start.tables.plan
         with evaluation_rng(0, devices), validation(False):
             sizes = chunks or annealing_chunks(plan, tables.model, tables.guide, source, num_particles)
-        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+        columns = Columns(plan.model_layout.num_data(source), devices[0])
         job = AnnealingJob(
             plan,
             start.pair,

@@ -205,7 +205,7 @@ def posterior_draws(
     with proposing(model, guide, source, data_plate, vectorize) as start:
         plan, total = start.tables.plan, num_particles * max(1, len(start.members))
         _check_draws(plan)
-        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+        columns = Columns(plan.model_layout.num_data(source), devices[0])
         sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
         job = _DrawsJob(
             plan,

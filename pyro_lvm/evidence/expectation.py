@@ -194,7 +194,7 @@ def estimate(
         with evaluation_rng(0, devices):
             of = values(start.tables, source)
         total = 1 if plan.exact else num_particles * max(1, len(members))
-        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+        columns = Columns(plan.model_layout.num_data(source), devices[0])
         sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
         job = MeansJob(plan, start.pair, start.tables, source, total, sizes, columns, members=members, values=of)
         with evaluation_rng(seed, devices), validation(False):

@@ -11,13 +11,13 @@ from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.closed_form import closed_form
 from pyro_lvm.evidence.columns import Columns
-from pyro_lvm.evidence.data import data_provenance, data_source, device_of
+from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.job import Job, look
 from pyro_lvm.evidence.precision import check_model_dtype, in_half, rounding
 from pyro_lvm.evidence.record import LogMarginal
 from pyro_lvm.evidence.resume import Checkpoint, fingerprint
 from pyro_lvm.evidence.targeted import TargetedJob, check_target
-from pyro_lvm.evidence.verdict import warn_of_doubt
+from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.tracing.batch import DataArgs
 from pyro_lvm.tracing.captured_weights import CapturedTables, Tables
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -130,12 +130,12 @@ def importance(
     source = data_source(x, args, data_args, device)
     guide = guide or empty_guide
     devices = [device_of(source)]
-    provenance: dict[str, Any] = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
+    provenance: dict[str, Any] = {"seed": seed, "device": str(devices[0])}
     with evaluation(model, guide), torch.no_grad():
         plan, pair = look(model, guide, source, data_plate, vectorize)
         num_particles = 1 if plan.exact else num_particles
         sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
-        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+        columns = Columns(plan.model_layout.num_data(source), devices[0])
         checkpoint = None
         if resume is not None:
             options: dict[str, Any] = {
@@ -157,9 +157,7 @@ def importance(
             job = TargetedJob(plan, pair, tables, source, num_particles, sizes, columns, target=target)
         with evaluation_rng(seed, devices), validation(False):
             job.run(progress)
-    record = _record(job, provenance)
-    warn_of_doubt("LogMarginal", record.status, record.verdict)
-    return record
+    return quoted(_record(job, provenance), x)
 
 
 def _record(job: Job, provenance: dict[str, Any]) -> LogMarginal:

@@ -14,7 +14,6 @@ from pyro_lvm.evidence.several import joined, named
 from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.evidence.weighted import WeightedJob
 from pyro_lvm.tracing.batch import DataArgs, Rows
-from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.isolation import evaluation_rng
 
 __all__ = ["pool", "pooled"]
@@ -115,18 +114,17 @@ def pool(
     """`pooled` of pairs whose models are one, each with the parameters that it learned."""
     num_particles, chunks = check_positive_int("num_particles", num_particles), check_chunks(chunks)
     devices = [device_of(source)]
-    with joined(pairs, source, data_plate, vectorize) as (members, pair):
-        total, plan = len(members) * num_particles, members[0].plan
+    with joined(pairs, source, data_plate, vectorize) as start:
+        total, plan = len(pairs) * num_particles, start.tables.plan
         sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
-        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
-        tables = Tables(plan, members[0].model, members[0].guide)
-        job = WeightedJob(plan, pair, tables, source, total, sizes, columns, members=members)
+        columns = Columns(plan.model_layout.num_data(source), devices[0])
+        job = WeightedJob(plan, start.pair, start.tables, source, total, sizes, columns, members=start.members)
         with evaluation_rng(seed, devices):
             job.run(progress)
     return LogMarginal(
         **columns.numbers,
         status=columns.status,
         num_particles=total,
-        method=f"mixture of {len(members)} guides",
+        method=f"mixture of {len(pairs)} guides",
         provenance={"seed": seed, "device": str(devices[0])} | job.provenance(),
     )

@@ -168,7 +168,8 @@ def sandwich(
     num_leapfrog = check_positive_int("num_leapfrog", num_leapfrog)
     chunks = check_chunks(chunks)
     given = data_source(x, args, data_args, device)
-    program, devices = guide or prior_of_the_rest(model, given, data_plate), [device_of(given)]
+    program = prior_of_the_rest(model, given, data_plate) if guide is None else guide
+    devices = [device_of(given)]
     with evaluation(model, program), torch.no_grad(), evaluation_rng(seed, devices):
         with validation(False):
             template = given.rows(slice(0, len(given)))
@@ -176,7 +177,7 @@ def sandwich(
         plan, pair = look(model, program, source, data_plate, vectorize)
         with evaluation_rng(0, devices), validation(False):
             sizes = chunks or annealing_chunks(plan, model, program, source, num_particles)
-        columns = Columns(1 if plan.model_layout.plate is None else len(source), devices[0])
+        columns = Columns(plan.model_layout.num_data(source), devices[0])
         job = _SandwichJob(
             plan,
             pair,

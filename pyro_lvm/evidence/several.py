@@ -48,9 +48,8 @@ def proposing(
     """A guide, or several in a sequence or a dictionary, ready to be run."""
     if isinstance(guide, Sequence | Mapping):
         pairs = {name: (model, each) for name, each in named(guide).items()}
-        with joined(pairs, source, data_plate, vectorize) as (members, pair):
-            first = members[0]
-            yield Proposing(tuple(pairs), Tables(first.plan, first.model, first.guide), pair, members)
+        with joined(pairs, source, data_plate, vectorize) as start:
+            yield start
     else:
         check_program("guide", guide)
         with evaluation(model, guide), torch.no_grad():
@@ -74,8 +73,8 @@ def named(guides: Any) -> dict[str, Guide | None]:
 @contextmanager
 def joined(
     pairs: Mapping[str, tuple[Model, Guide | None]], source: Rows, data_plate: DataPlate, vectorize: Vectorize
-) -> Iterator[tuple[tuple[Member, ...], dict[str, Any]]]:
-    """The guides as one mixture, ready to be run, and what they are: names of programs, digests of parameters."""
+) -> Iterator[Proposing]:
+    """Guides as one mixture, ready to be run."""
     with torch.no_grad():
         looks = _looks(pairs, source, data_plate, vectorize)
         programs = [program for member, _ in looks for program in (member.model, member.guide)]
@@ -84,7 +83,8 @@ def joined(
         with eval_mode(*programs), validation(False):
             with evaluation_rng(0, [device_of(source)]):
                 members = fit_together([member for member, _ in looks], source)
-            yield members, about
+            first = members[0]
+            yield Proposing(tuple(pairs), Tables(first.plan, first.model, first.guide), about, members)
 
 
 def _looks(

@@ -11,7 +11,7 @@ from pyro_lvm.errors import UnreliableEstimateWarning
 from pyro_lvm.evidence.data import data_provenance
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 
-__all__ = ["doubt", "quoted", "status_shares", "verdict", "warn_of_doubt"]
+__all__ = ["doubt", "quoted", "status_shares", "verdict"]
 
 _CURES = {
     "unreliable": "More particles, or a guide that fits better.",
@@ -71,14 +71,10 @@ Quoted = TypeVar("Quoted", bound=_Record)
 
 def quoted(record: Quoted, x: Data) -> Quoted:
     """The record with what the data say of themselves, and one warning if some have no trustworthy value."""
-    warn_of_doubt(type(record).__name__, record.status, record.verdict)
-    return replace(record, provenance={"data": data_provenance(x)} | record.provenance)
-
-
-def warn_of_doubt(record: str, status: np.ndarray, words: str) -> None:
-    """One warning if some data have no trustworthy value."""
-    counts = {word: int((status == word).sum()) for word in DOUBTFUL}
+    counts = {word: int((record.status == word).sum()) for word in DOUBTFUL}
     if any(counts.values()):
         found = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        message = f"of {len(status)} data: {found}. See {record}.status and .khat; {words}"
+        name = type(record).__name__
+        message = f"of {len(record.status)} data: {found}. See {name}.status and .khat; {record.verdict}"
         warn_caller(message, UnreliableEstimateWarning)
+    return replace(record, provenance={"data": data_provenance(x)} | record.provenance)

@@ -8,7 +8,7 @@ Between programs the values of latents are *canonical*: ``(K, *batch, *event)``,
 pair's plates use.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,9 +36,9 @@ class Layout:
     dim: int | None
     nesting: int
 
-    def num_data(self, batch: Batch) -> int:
+    def num_data(self, data: Sized) -> int:
         """N, 1 for a joint result."""
-        return 1 if self.plate is None else len(batch)
+        return 1 if self.plate is None else len(data)
 
     def data_second(self, value: torch.Tensor) -> torch.Tensor:
         """``(K, N, ...)`` of a canonical value; N is 1 where no dimension holds the data."""

@@ -107,7 +107,6 @@ def test_values_that_led_to_the_choice_are_not_kept(monkeypatch):
     rest = pooled(program, [wide] * 2, x[~kept], seed=9)
     annealed_ones = dataclasses.replace(rest, provenance=rest.provenance | {"annealing": {}})
     monkeypatch.setattr(module, "run_annealed", lambda *args: annealed_ones)
-    monkeypatch.setattr(module, "_after", lambda seed, steps: 1)
     found = defensive(program, [wide] * 2, x, num_particles=100, seed=0)
     truth, first = dist.Normal(0.0, 1.0).log_prob(x[0]), pooled(program, [wide] * 2, x, num_particles=100, seed=0)
     for record, low in ((first, True), (found, False)):

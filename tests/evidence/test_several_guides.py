@@ -95,13 +95,13 @@ def test_ess_khat_status_and_provenance_are_those_of_the_pool():
 
 @pytest.mark.statistical
 def test_stated_errors_are_those_of_repeated_runs():
-    """2,000 repeats as data: z-scores of two moments have sd 1, up to 1.6 % of chance."""
+    """2,000 repeats as data: z-scores of two moments have mean 0 and sd 1, up to five times 2.2 % and 1.6 %."""
     x = torch.full((2000,), 4.0)
     exact = lvm.expectation(square, BOTH, FOUR[:1], moments, num_particles=200_000, seed=0).value
     found = lvm.expectation(square, BOTH, x, moments, num_particles=300, seed=1)
     scores = (found.value - torch.stack([torch.zeros(()), exact[0, 1]])) / found.stderr
     assert scores.std(0).sub(1).abs().max() < 0.08
-    assert scores.mean(0).abs().max() < 0.15
+    assert scores.mean(0).abs().max() < 0.11
 
 
 @pytest.mark.statistical
