@@ -97,10 +97,18 @@ class Graph:
             raise NotCapturable("compiled it gives other numbers")
 
     def record(self, *inputs: torch.Tensor) -> None:
-        """Replay as one launch on CUDA from now on; results are overwritten by the next replay."""
+        """Replay as one launch on CUDA from now on; results are overwritten by the next replay.
+
+        Raises:
+            NotCapturable: an operation cannot be recorded, as a copy from the CPU.
+        """
         self._recording = None
         self.tried(*inputs)  # what the first run allocates is no part of the recording
-        self._recording = _Recording(self, inputs)
+        try:
+            with torch.cuda.device(inputs[0].device):
+                self._recording = _Recording(self, inputs)
+        except RuntimeError as error:
+            raise NotCapturable(f"CUDA cannot record it: {_first_line(error)}") from error
 
     @contextmanager
     def _undone(self, inputs: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -225,14 +225,17 @@ def site_log_prob(site: Site, check_support: bool = False) -> torch.Tensor:
     """log-density of a site with its mask and without its scale; the batch shape of the site.
 
     A mask says which data there are, a scale how training weighs them; neither of the two log-densities that a Pyro
-    trace computes makes that cut. With ``check_support`` a value outside the support gets log-density ``-inf``, which
-    distributions return only by chance.
+    trace computes makes that cut. A variable that is summed out keeps its density under a mask, so that its values
+    count 1 together and not each (as in `TraceEnum_ELBO`). With ``check_support`` a value outside the support gets
+    log-density ``-inf``, which distributions return only by chance.
     """
-    fn, value = site["fn"], site["value"]
+    fn, value, mask = site["fn"], site["value"], site["mask"]
+    if site["infer"].get("_enumerate_dim") is not None and is_latent(site):
+        fn, mask = fn.base_dist if isinstance(fn, MaskedDistribution) else fn, None
     log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
     if check_support:
         log_prob = log_prob.masked_fill(outside_support(fn, value), -torch.inf)
-    return scale_and_mask(log_prob, 1.0, site["mask"])
+    return scale_and_mask(log_prob, 1.0, mask)
 
 
 def support(fn: Any) -> Any:

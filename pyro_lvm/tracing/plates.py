@@ -3,10 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pyro_lvm._checks import refuse
+from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import PlateError, SiteError
-from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed
+from pyro_lvm.tracing.batch import Batch
+from pyro_lvm.tracing.handlers import drawn_plates
+from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run
 
-__all__ = ["check_enclosed", "common_plates", "find_guide_plate", "find_plate", "nesting", "site_table"]
+__all__ = ["check_enclosed", "check_whole", "common_plates", "find_guide_plate", "find_plate", "nesting", "site_table"]
 
 _CURE = (
     'Name the plate with data_plate="...", put every site inside one plate of size len(x), '
@@ -60,7 +64,7 @@ def find_plate(runs: Sequence[tuple[Trace, int]], requested: str) -> str:
     if len(fitting) == 1:
         return fitting[0]
     why = _why_no_plate(fitting, names, trace, num_data)
-    raise PlateError(why + " " + _CURE + site_table(trace), finding="data-plate")
+    raise PlateError(why + site_table(trace), finding="data-plate")
 
 
 def common_plates(sites: Iterable[Any]) -> list[str]:
@@ -90,7 +94,7 @@ def _requested_plate(plate: str, names: list[str], trace: Trace, num_data: int) 
 
 def _why_no_plate(fitting: list[str], names: list[str], trace: Trace, num_data: int) -> str:
     if fitting:
-        return f"data plate: expected one, got {len(fitting)} candidates {fitting} of size {num_data}."
+        return f"data plate: expected one, got {len(fitting)} candidates {fitting} of size {num_data}. {_CURE}"
     for site in trace.values():
         for f in site["cond_indep_stack"] if is_observed(site) else ():
             if f.full_size == num_data != f.size:
@@ -100,8 +104,27 @@ def _why_no_plate(fitting: list[str], names: list[str], trace: Trace, num_data: 
                 )
     if names:
         sizes = {n: sorted(_sizes(n, trace)) for n in names}
-        return f"data plate: expected a plate of size {num_data}, the length of x, got plates of sizes {sizes}."
-    return "data plate: expected one plate around every observed site, got none."
+        return f"data plate: expected a plate of size {num_data}, the length of x, got plates of sizes {sizes}. {_CURE}"
+    return f"data plate: expected one plate around every observed site, got none. {_CURE}"
+
+
+def check_whole(model: Model, guide: Guide, model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
+    """No plate draws which of its rows count: log p(x, z) would be that of other rows in each run.
+
+    Raises:
+        PlateError: one does.
+    """
+    sites = (site for trace in (model_trace, guide_trace) for site in trace.values())
+    if all(f.full_size in (None, f.size) for site in sites for f in site.get("cond_indep_stack", ())):
+        return
+    values = {n: s["value"] for n, s in guide_trace.items() if is_latent(s)}
+    for name, program, given in (("model", model, values), ("guide", guide, {})):
+        watched, drawn = drawn_plates(program)
+        run(watched, batch.args, values=given)
+        for plate in sorted(drawn):
+            cure = "Leave subsample_size out for an estimate, or pass x of these rows and `subsample=` their indices."
+            expected, got = "all of its rows, or rows that are named", "rows that it draws anew in each run"
+            raise PlateError(refuse(f"{name} plate {plate!r}", expected, got, cure), "data-plate")
 
 
 def check_enclosed(plate: str, trace: Trace, program: str, names: Iterable[str]) -> None:

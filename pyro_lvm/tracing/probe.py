@@ -1,12 +1,11 @@
 """Two small runs of a pair that decide how it is evaluated, and refuse what cannot be evaluated.
 
 The pair runs on a few data, at two sizes, so that a plate is known to follow the data rather than to have their size by
-chance. Then the same latents go through every way of running particles: a program that mixes particles with data (a
-reshape by ``len(x)``) or couples the data (a batch mean) gives other numbers, and is folded, looped, or refused.
+chance. How particles are run is then decided by `find_modes`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +17,19 @@ from pyro_lvm.errors import ParameterError, PlateError, SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, Rows
 from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run
 from pyro_lvm.tracing.isolation import validation
+from pyro_lvm.tracing.modes import find_modes
 from pyro_lvm.tracing.params import current_params, module_parameters
-from pyro_lvm.tracing.particles import Draws, Latent, Layout, Mode, Runner
-from pyro_lvm.tracing.plates import check_enclosed, find_guide_plate, find_plate, nesting
-from pyro_lvm.tracing.sites import Match, check_determined, guide_sites, has_bounded_data, match_sites
-from pyro_lvm.tracing.tables import Table, agree
+from pyro_lvm.tracing.particles import Layout, Mode, Runner
+from pyro_lvm.tracing.plates import check_enclosed, check_whole, find_guide_plate, find_plate, nesting
+from pyro_lvm.tracing.sites import (
+    Match,
+    check_determined,
+    check_shapes,
+    check_spread,
+    guide_sites,
+    has_bounded_data,
+    match_sites,
+)
 
 __all__ = [
     "MISMATCH",
@@ -39,7 +46,6 @@ __all__ = [
 _CPU_BYTES = 2**26  # what one chunk may allocate: a few times the cache, far below what a process has
 _ROWS = {"cpu": 128, "cuda": 1024}  # data a chunk: the guide runs once for each
 PROBE_ROWS = 3  # data in a probe: enough for a neighbour on either side
-_PARTICLES = 3
 
 
 def empty_guide(*_: Any) -> None:
@@ -78,7 +84,8 @@ class Plan:
         """(data, particles) to run at once within a memory budget."""
         budget, most_rows = _CPU_BYTES, _ROWS.get(device.type, _ROWS["cpu"])
         if device.type == "cuda":
-            budget = torch.cuda.mem_get_info(device)[0] // 4
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, and free
+            budget = (torch.cuda.mem_get_info(device)[0] + kept) // 4
         rows = num_data if self.tied else min(num_data, most_rows, max(1, budget // self.bytes_per_particle))
         counted = 1 if self.model_layout.plate is None else rows
         return rows, max(1, min(num_particles, budget // (self.bytes_per_particle * counted)))
@@ -121,6 +128,7 @@ def probe_pair(
         runs, tied = _plain_runs(model, guide, data, data_plate)
         first = runs[0]
         check_finite(first)
+        check_whole(model, guide, first.model, first.guide, first.batch)
         match = match_sites(first.model, first.guide)
         hidden = bool(check_determined(guide, first.batch.args, first.guide))
         depth = nesting(first.model, first.guide)
@@ -136,8 +144,14 @@ def probe_pair(
                 Layout(plate, _dim(plate, first.model), depth),
                 Layout(guide_plate, _dim(plate, first.model), depth),
             )
+        check_shapes(match.sampled, first.model, first.guide)
+        check_spread(match.sampled, first.guide)
+        models = model_runner(model, layouts[0], match)
+        guides = Runner(guide, layouts[1], guide_sites)
         with validation(False):
-            return _plan_modes(model, guide, runs, layouts, match, vectorize, tied, hidden)
+            modes = find_modes(models, guides, first.batch, match, vectorize, tied, hidden)
+        bounded = has_bounded_data(first.model)
+        return Plan(*layouts, match, modes.model, modes.guide, tied, bounded, modes.bytes_per_particle)
 
 
 def _plain_runs(model: Model, guide: Guide, data: Rows, data_plate: DataPlate) -> tuple[list[Run], bool]:
@@ -268,127 +282,6 @@ def _dim(plate: str, trace: Trace) -> int | None:
     return next(frames).dim
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The same latents through every way of running particles.
-
-
-def _plan_modes(
-    model: Model,
-    guide: Guide,
-    runs: Sequence[Run],
-    layouts: tuple[Layout, Layout],
-    match: Match,
-    vectorize: Vectorize,
-    tied: bool,
-    hidden: bool,
-) -> Plan:
-    batch = runs[0].batch
-    model_layout, guide_layout = layouts
-    guides, models = Runner(guide, guide_layout, guide_sites), model_runner(model, model_layout, match)
-    guide_table, proposed = guides.run(batch, "looped", _PARTICLES)
-    model_table, drawn = models.run(batch, "looped", _PARTICLES, proposed)
-    everything = {n: drawn[n] for n in match.free} | proposed  # with the draws that only the model makes
-    if not tied and len(batch) > 1:
-        if _scores_given_draws(guides, batch, proposed):
-            _check_uncoupled("guide", guides, batch, guide_table, proposed)
-        _check_uncoupled("model", models, batch, model_table, everything)
-    guide_mode: Mode | Literal["once"] = "looped"
-    if vectorize is not False:
-        once = not hidden and _draws_are_independent(guides, batch)
-        # A particle plate does not multiply noise that is drawn outside of Pyro.
-        guide_mode = "once" if once else _mode(guides, batch, guide_table, proposed, plate=not hidden)
-    model_mode: Mode = "looped" if vectorize is False else _mode(models, batch, model_table, everything)
-    with _Allocated() as allocated:
-        models.run(batch, model_mode, _PARTICLES, everything)
-    per_particle = allocated.bytes // (_PARTICLES * model_layout.num_data(batch)) + 1
-    bounded = has_bounded_data(runs[0].model)
-    return Plan(model_layout, guide_layout, match, model_mode, guide_mode, tied, bounded, per_particle)
-
-
 def model_runner(model: Model, layout: Layout, match: Match) -> Runner:
     """The model of a pair, ready to be run for K particles."""
     return Runner(model, layout, match.model_sites, match.enumerated, match.check_support)
-
-
-def _mode(runner: Runner, batch: Batch, expected: Table, draws: Mapping[str, Latent], plate: bool = True) -> Mode:
-    """The fastest way of running particles that gives the numbers of a loop; ``plate=False`` leaves out the first."""
-    modes: list[Mode] = ["vectorised"] if plate else []
-    modes += ["folded"] if runner.layout.dim is not None else []
-    for mode in modes:
-        try:
-            got, _ = runner.run(batch, mode, _PARTICLES, draws)
-        except Exception:  # noqa: BLE001 - a program that was not written for a batch of particles may raise anything
-            continue
-        if agree(expected, got):
-            return mode
-    return "looped"
-
-
-def _scores_given_draws(guides: Runner, batch: Batch, draws: Draws) -> bool:
-    """Whether the guide has a density at draws from before; some flows only know that of the draw just made."""
-    try:
-        guides.run(batch, "looped", _PARTICLES, draws)
-    except (KeyError, NotImplementedError):
-        return False
-    return True
-
-
-def _check_uncoupled(program: str, runner: Runner, batch: Batch, expected: Table, draws: Draws) -> None:
-    """The densities of a datum, for the same latents, do not change with the company it is in."""
-    if runner.layout.dim is None:
-        return
-    for rows in (slice(0, len(batch) - 1), slice(1, len(batch))):
-        some = {n: d.rows(rows, runner.layout) for n, d in draws.items()}
-        try:
-            got, _ = runner.run(batch.rows(rows), "looped", _PARTICLES, some)
-            alone = agree(Table(expected.total[:, rows], expected.magnitude[rows]), got)
-        except Exception:  # noqa: BLE001 - latents of a datum that do not fit a part of the data
-            alone = False
-        if not alone:
-            raise PlateError(
-                f"{program}: expected data that are independent given their latents, got densities of one datum that "
-                "change with the other data in x. Remove what couples them (a batch mean, batch normalisation that is "
-                "always in train mode, a dependence on neighbours), pass data_args=() if an argument has len(x) rows "
-                "by chance, or ask for one joint result with data_plate=None.",
-                finding="coupled-data",
-            )
-
-
-def _draws_are_independent(guides: Runner, batch: Batch) -> bool:
-    """Whether no guide site depends on another's draw, so that the distributions of one run serve all draws.
-
-    Two signs of dependence: parameters with a particle dimension, or, where the guide reshapes that away, parameters
-    that change from run to run.
-    """
-    ranks: dict[str, int] = {}
-    try:
-        particles = run(
-            guides.program, batch.args, num_particles=_PARTICLES, nesting=guides.layout.nesting, ranks=ranks
-        )
-        first, *others = (run(guides.program, batch.args) for _ in range(_PARTICLES))
-        sites = [s for s in particles.values() if s["type"] == "sample"]
-        if not all(is_latent(s) and ranks[s["name"]] <= guides.layout.nesting for s in sites):
-            return False
-        values = {s["name"]: first[s["name"]]["value"] for s in sites}
-        return len(sites) == 1 or all(
-            torch.allclose(first[n]["fn"].log_prob(v), other[n]["fn"].log_prob(v), equal_nan=True)
-            for other in others
-            for n, v in values.items()
-        )
-    except Exception:  # noqa: BLE001 - as in `_mode`
-        return False
-
-
-class _Allocated(torch.utils._python_dispatch.TorchDispatchMode):
-    """Adds up the sizes of all tensors that operations return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
-                self.bytes += tensor.untyped_storage().nbytes()
-        return out

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pyro.distributions import Delta, Unit
 
+from pyro_lvm._checks import refuse
 from pyro_lvm.errors import SiteError, SupportError
 from pyro_lvm.tracing.intercept import (
     Site,
@@ -33,6 +34,8 @@ __all__ = [
     "Match",
     "check_determined",
     "check_free",
+    "check_shapes",
+    "check_spread",
     "guide_sites",
     "has_bounded_data",
     "has_log_density",
@@ -120,9 +123,54 @@ def match_sites(model: Trace, guide: Trace) -> Match:
 
 def mask_of(site: Site) -> torch.Tensor:
     """The mask of a site together with that of its distribution."""
-    mask = torch.as_tensor(True if site["mask"] is None else site["mask"])
+    device = site["value"].device
+    mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=device)
     inner = getattr(site["fn"], "_mask", None)
-    return mask if inner is None else mask & torch.as_tensor(inner)
+    return mask if inner is None else mask & torch.as_tensor(inner, device=device)
+
+
+def check_shapes(names: Sequence[str], model: Trace, guide: Trace) -> None:
+    """Each element of a latent has a draw of its own; log_prob would broadcast one draw over several.
+
+    Raises:
+        SiteError: the guide's values of a site have another shape than the model's.
+    """
+    for name in names:
+        value, fn = guide[name]["value"], model[name]["fn"]
+        if _without_ones(value.shape) != _without_ones(fn.shape()):
+            expected = f"values of shape {tuple(fn.shape())}, those of the model (plates and event)"
+            cure = "Make its parameters as large, e.g. torch.zeros(D) for D dimensions, inside the same plates."
+            got = tuple(value.shape)
+            raise SiteError(refuse(f"guide site {name!r}", expected, got, cure), finding="event-dims")
+
+
+def check_spread(names: Sequence[str], guide: Trace) -> None:
+    """Draws of a real latent differ, in the precision that they are made in.
+
+    Raises:
+        SupportError: a standard deviation is lost beside its mean: all draws are one number.
+    """
+    for name in names:
+        fn = guide[name]["fn"]
+        if is_delta(guide[name]) or not is_real(support(fn)):
+            continue
+        try:
+            mean, stddev = fn.mean, fn.stddev
+        except (NotImplementedError, AttributeError):  # it has none in closed form
+            continue
+        mask = mask_of(guide[name])
+        mask = mask.reshape((*mask.shape, *(1,) * fn.event_dim))
+        lost = (stddev < mean.abs() * torch.finfo(mean.dtype).eps / 2) & mask
+        if bool(lost.any()):
+            got = f"a standard deviation of {float(stddev[lost][0]):.1g} at {float(mean[lost][0]):.3g}"
+            expected = f"a spread that {str(mean.dtype).removeprefix('torch.')} can show beside the mean"
+            cure = "All draws are one number, and weights all alike: bound the scale from below, or compute in float64."
+            raise SupportError(refuse(f"guide site {name!r}", expected, got, cure), finding="point-mass")
+
+
+def _without_ones(shape: torch.Size) -> torch.Size:
+    """A shape without what stands for itself in front of it."""
+    return shape[next((i for i, size in enumerate(shape) if size != 1), len(shape)) :]
 
 
 def _check_masks(name: str, model: Site, guide: Site) -> None:

@@ -66,3 +66,45 @@ def test_a_sum_over_values_does_not_leave_out_what_is_missing():
         lvm.evidence.enumeration(model, X, Y, SEEN)
     prior = lvm.log_marginal(model, None, X, Y, SEEN, num_particles=20_000, seed=0)
     assert bool(((prior.value - exact()).abs() <= 5 * prior.stderr + 1e-6).all())
+
+
+def test_a_summed_out_variable_that_is_masked_counts_one():
+    """With `TraceEnum_ELBO`: p(x) of a datum that is not there is 1, not the number of classes."""
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+
+    def mixture(x, seen):
+        with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+            y = pyro.sample("y", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(MEANS[y], 1.0), obs=x)
+
+    each = (dist.Normal(MEANS, 1.0).log_prob(X[:, None]) + weights.log()).logsumexp(1)
+    expected = each.where(SEEN, 0.0)
+    torch.testing.assert_close(lvm.evidence.enumeration(mixture, X, SEEN).value, expected)
+    loss = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1).loss(mixture, lambda *_: None, X, SEEN)
+    assert loss == pytest.approx(-float(expected.sum()))
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 1, 2]], ids=str)
+def test_markov_chains_of_different_lengths(lengths):
+    """The steps behind the end of a chain are masked, latent states and data alike."""
+    lengths = torch.tensor(lengths)
+    start, step = torch.tensor([0.6, 0.4]).double(), torch.tensor([[0.9, 0.1], [0.3, 0.7]]).double()
+    x = torch.linspace(-1, 2, 12).double().reshape(3, 4)
+
+    def chain(x, lengths):
+        with pyro.plate("data", len(x)):
+            state = None
+            for t in pyro.markov(range(x.shape[1])):
+                with poutine.mask(mask=t < lengths):
+                    prior = dist.Categorical(start if state is None else step[state])
+                    state = pyro.sample(f"z{t}", prior, infer={"enumerate": "parallel"})
+                    pyro.sample(f"x{t}", dist.Normal(state.double(), 1.0), obs=x[:, t])
+
+    expected = []
+    emission = dist.Normal(torch.arange(2.0).double(), 1.0)
+    for row, length in zip(x, lengths.tolist(), strict=True):
+        forward = start
+        for t in range(length):
+            forward = (forward @ step if t else forward) * emission.log_prob(row[t]).exp()
+        expected.append(forward.sum().log())
+    torch.testing.assert_close(lvm.evidence.enumeration(chain, x, lengths).value, torch.stack(expected))

@@ -132,6 +132,49 @@ def test_plate_that_draws_its_own_subsample() -> None:
         log_weights(model, guide, data(5))
 
 
+def inner_subsample(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("pixels", 4, subsample_size=2, dim=-2) as rows:
+            pyro.sample("x", dist.Normal(z, SIGMA), obs=x.new_zeros(4, len(x))[rows])
+
+
+def joint_subsample(x: torch.Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x), subsample_size=2) as rows:
+        pyro.sample("x", dist.Normal(z, SIGMA), obs=x[rows])
+
+
+@pytest.mark.parametrize(
+    ("model", "plate", "options"),
+    [(inner_subsample, "pixels", {}), (joint_subsample, "data", {"data_plate": None})],
+    ids=["inner", "joint"],
+)
+def test_a_plate_that_draws_its_rows_has_another_density_in_each_run(
+    model: Program, plate: str, options: dict[str, Any]
+) -> None:
+    def guide(x: torch.Tensor) -> None:
+        if options:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        else:
+            normal_guide(x)
+
+    with pytest.raises(PlateError, match=rf"model plate '{plate}'.*draws anew in each run.*subsample_size"):
+        log_weights(model, guide, data(5), **options)
+
+
+def test_named_rows_of_an_inner_plate_count() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("pixels", 4, subsample=torch.arange(1), dim=-2):
+                pyro.sample("x", dist.Normal(z, SIGMA), obs=x[None])
+
+    x = data(5)
+    expected = log_weights(normal_model, normal_guide, x, num_particles=2, seed=0)
+    torch.testing.assert_close(log_weights(model, normal_guide, x, num_particles=2, seed=0), expected)
+
+
 def test_named_plate_that_does_not_exist() -> None:
     with pytest.raises(PlateError, match=r"data_plate='rows'(.|\n)*\['data'\]"):
         log_weights(normal_model, normal_guide, data(3), data_plate="rows")
@@ -418,6 +461,28 @@ def always_training_guide(x: torch.Tensor) -> None:
 def test_coupled_data_are_refused(model: Program, guide: Program, program: str, num_data: int, vectorize: Any) -> None:
     with pytest.raises(PlateError, match=rf"{program}: expected data that are independent.*data_plate=None"):
         log_weights(model, guide, data(num_data), vectorize=vectorize)
+
+
+def test_sharp_densities_are_not_taken_for_coupled_data() -> None:
+    """Many pixels make a narrow posterior, in whose units the last digit of a location is not small."""
+    torch.manual_seed(0)
+    decoder, noise = torch.randn(784).double(), 0.05
+    x = torch.randn(5, 1).double() * decoder + noise * torch.randn(5, 784).double()
+    precision = 1 + decoder.square().sum() / noise**2
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None] * decoder, noise).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ decoder / noise**2 / precision, precision**-0.5))
+
+    result = importance(model, guide, x, num_particles=10, seed=0)
+    covariance = torch.outer(decoder, decoder) + noise**2 * torch.eye(784).double()
+    exact = dist.MultivariateNormal(torch.zeros(784).double(), covariance).log_prob(x)
+    torch.testing.assert_close(result.value, exact, rtol=0, atol=1e-6)
 
 
 def test_coupled_data_have_a_joint_result() -> None:

@@ -718,3 +718,74 @@ def test_a_guide_messenger_is_a_guide() -> None:
     guide(x)
     result = importance(normal_model, guide, x, num_particles=4000, seed=0)
     assert bool(((result.value - posterior(x[:, None])[2]).abs() <= 5 * result.stderr).all())
+
+
+# --- shapes and spreads -----------------------------------------------------------------------------------------------
+
+
+def plane(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), SIGMA), obs=x)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_guide_whose_draw_would_be_broadcast(size: int) -> None:
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(size), 1.0).to_event(1))
+
+    with pytest.raises(SiteError, match=rf"guide site 'z'.*shape \(3, 2\).*got \(3, {size}\)"):
+        importance(plane, guide, data(3))
+
+
+def test_one_draw_for_all_data_is_no_joint_guide() -> None:
+    def guide(x: torch.Tensor) -> None:
+        pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(SiteError, match=r"guide site 'z'.*shape \(3, 2\).*got \(2,\)"):
+        importance(plane, guide, data(3), data_plate=None)
+
+
+def test_an_event_in_the_place_of_an_inner_plate() -> None:
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 2, dim=-1):
+            pyro.sample("z", dist.Normal(x[:, None] / 4, 0.9))
+
+    def inner(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2):
+            with pyro.plate("inner", 2, dim=-1):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), SIGMA), obs=x[:, None])
+
+    x = data(3)
+    result = importance(inner, guide, x, num_particles=4000, seed=0)
+    exact = dist.Normal(0.0, (2 + SIGMA**2) ** 0.5).log_prob(x)
+    assert bool(((result.value - exact).abs() < 5 * result.stderr).all())
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-9), (torch.float64, 1e-18)], ids=str)
+def test_a_scale_that_is_lost_beside_the_mean(dtype: torch.dtype, scale: float) -> None:
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, scale))
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, SIGMA), obs=x)
+
+    with pytest.raises(SupportError, match=rf"guide site 'z'.*{str(dtype)[6:]}.*all alike"):
+        importance(model, guide, data(3).to(dtype))
+
+
+def test_certain_bits_are_no_lost_spread() -> None:
+    def program(x: torch.Tensor, observe: bool) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(x.new_ones(())))
+            if observe:
+                pyro.sample("x", dist.Normal(z, SIGMA), obs=x)
+
+    x = data(3)
+    result = importance(partial(program, observe=True), partial(program, observe=False), x)
+    torch.testing.assert_close(result.value, dist.Normal(1.0, SIGMA).log_prob(x))
