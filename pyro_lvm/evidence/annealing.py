@@ -185,7 +185,8 @@ def anneal(
     ends = (path.magnitude(state.u), start) if backwards else (start, path.magnitude(state.u))
     first = course.betas[1]  # what is rounded at the guide's draws counts by this much
     rates = rates / max(1, num_steps if backwards else num_steps - 1)
-    return Table(log_weight, first * ends[0] + (1 - first) * ends[1]), rates
+    coarser = torch.finfo(state.delta.dtype).eps / torch.finfo(log_weight.dtype).eps  # than the sums are the densities
+    return Table(log_weight, coarser * (first * ends[0] + (1 - first) * ends[1])), rates
 
 
 def jittered(log_step: torch.Tensor, num_chains: int) -> torch.Tensor:

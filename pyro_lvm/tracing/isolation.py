@@ -32,7 +32,7 @@ __all__ = [
 def forked_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Iterator[None]:
     """Seed torch, NumPy and Python inside, and restore their states afterwards; with ``seed=None`` do nothing.
 
-    ``devices`` are the CUDA devices whose generators are forked as well.
+    Of torch these are the generators of the CPU and, once CUDA is in use, of all its devices.
     """
     if seed is None:
         yield
@@ -40,10 +40,14 @@ def forked_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Iterat
     if not 0 <= seed < 2**32:
         raise ShapeError(refuse("seed", "0 to 2^32 - 1, as NumPy does", seed, "Pass e.g. seed=0."))
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    cuda = [device for device in devices if device.type == "cuda"]
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         try:
-            pyro.set_rng_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would have CUDA start with this seed later on
+            if cuda:
+                torch.cuda.manual_seed_all(seed)
             yield
         finally:
             random.setstate(python)

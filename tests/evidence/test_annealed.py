@@ -499,6 +499,17 @@ def test_chains_that_start_where_the_model_has_no_mass_weigh_nothing():
     within(record, quadrature(model, x).value)
 
 
+def test_rounding_is_that_of_the_densities():
+    """The same weights but for rounding are `zero_variance` in single precision, too, as in importance sampling."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = LinearGaussian(2, 784)
+    x = model.sample(5)
+    record = annealed(model, model.posterior_guide, x, num_particles=20, num_steps=10, seed=0)
+    assert record.status_shares() == {"zero_variance": 1.0}
+    torch.testing.assert_close(record.value, model.log_prob(x).detach().double(), rtol=0, atol=1e-2)
+
+
 def test_single_precision():
     model, x, truth, loc, scale = linear(3)
     guide = normal_guide(loc.float(), 0.3 * scale.float())

@@ -197,3 +197,29 @@ def test_nothing_outside_changes():
     assert draws.num_particles == 200
     assert torch.equal(state, torch.get_rng_state())
     assert store == dict(pyro.get_param_store().items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad data.
+
+
+@pytest.mark.filterwarnings("ignore::pyro_lvm.errors.UnreliableEstimateWarning")
+@pytest.mark.parametrize("name", ["pooled", "annealed", "defensive"])
+def test_a_row_of_nan_is_one_datum_without_a_value(name):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    x = torch.tensor([0.3, torch.nan, -1.0, 2.0])
+    guides = guide if name == "defensive" else [guide, None]
+    record = getattr(lvm.evidence, name)(model, guides, x, seed=0)
+    assert record.status.tolist().index("nonfinite") == 1
+    assert int((record.status == "nonfinite").sum()) == 1
+    good = ~x.isnan()
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x[good])
+    assert bool(((record.value[good] - exact).abs() < 5 * record.stderr[good]).all())

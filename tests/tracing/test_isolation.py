@@ -46,6 +46,43 @@ def test_a_seeded_call_leaves_the_random_state(evaluate: Program, model: Program
     assert rng_state() == before
 
 
+class FakeCuda:
+    """Two devices in use, whose generators are those of the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.generators = [torch.Generator().manual_seed(7 + i) for i in range(2)]
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: self.generators[int(device)].get_state())
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: self.generators[device].set_state(state))
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: [g.manual_seed(seed) for g in self.generators])
+
+    def draws(self) -> list[float]:
+        return [float(torch.rand(1, generator=generator)) for generator in self.generators]
+
+
+def test_generators_of_all_cuda_devices_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed seeds all of them, wherever the data are."""
+    fake = FakeCuda(monkeypatch)
+    before = [generator.get_state().tolist() for generator in fake.generators]
+    seen = []
+    for _ in "ab":
+        with forked_rng(3):
+            seen.append(fake.draws())
+    assert seen[0] == seen[1]
+    importance(normal_model, normal_guide, data(3), num_particles=2)
+    importance(normal_model, normal_guide, data(3), num_particles=2, seed=1)
+    assert [generator.get_state().tolist() for generator in fake.generators] == before
+
+
+def test_cuda_that_is_not_in_use_starts_with_the_seed_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with forked_rng(3):
+        torch.rand(1)
+    assert not seeds
+
+
 @evaluators
 def test_a_global_seed_determines_an_unseeded_call(evaluate: Program) -> None:
     results = []
