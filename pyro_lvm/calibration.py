@@ -191,23 +191,23 @@ def calibration(
     num_data, num_draws = check_positive_int("num_data", num_data, 2), check_positive_int("num_draws", num_draws)
     chunks = check_chunks(chunks)
     source = data_source(x, args, data_args, device)
-    devices = [device_of(source)]
+    device = device_of(source)
     with evaluation(model, guide), torch.no_grad():
         plan, pair = look(model, guide, source, data_plate, vectorize)
         joint = plan.model_layout.plate is None
         names = _sites(plan, site)
         few = source.rows(slice(0, len(source) if joint else min(len(source), num_data)))
-        with evaluation_rng(0, devices):
+        with evaluation_rng(0):
             _check_ordered(model, few, names)
             arguments = observed_arguments(model, few)
-        rows = few if joint else few.rows(torch.arange(num_data, device=devices[0]) % len(few))
-        sizes = chunks or plan.chunk_sizes(len(rows), num_draws, devices[0])
+        rows = few if joint else few.rows(torch.arange(num_data, device=device) % len(few))
+        sizes = chunks or plan.chunk_sizes(len(rows), num_draws, device)
         study = _Study(plan, pair, Tables(plan, model, guide), arguments, names, num_draws, sizes)
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             pieces = range(num_data if joint else 1)
             for _ in tqdm(pieces, unit=" data sets", disable=not joint or not shown(progress)):
                 study.add(rows, False if joint else progress)
-    return study.record({"seed": seed, "device": str(devices[0])})
+    return study.record({"seed": seed, "device": str(device)})
 
 
 def _sites(plan: Plan, site: str | Sequence[str] | None) -> list[str]:

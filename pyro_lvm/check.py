@@ -135,7 +135,7 @@ def _copied(loss: Any) -> Any:
 def _no_trace(model: Model, guide: Guide, batch: Batch) -> Iterator[list[torch.nn.Module]]:
     with (
         own_store(model, guide),
-        evaluation_rng(0, [batch.args[0].device]),
+        evaluation_rng(0),
         nullcontext() if not batch.has_nan() else validation(False),  # else torch refuses what an encoder makes of it
         eval_mode(model, guide) as in_train_mode,
         warnings.catch_warnings(),

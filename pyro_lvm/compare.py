@@ -3,7 +3,8 @@
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,20 @@ import torch
 from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.comparison import Comparison, ComparisonRow
-from pyro_lvm.errors import DataTypeError, ShapeError, UnreliableEstimateWarning, UntrainedParameterWarning
+from pyro_lvm.errors import (
+    CheckpointError,
+    DataTypeError,
+    ShapeError,
+    UnreliableEstimateWarning,
+    UntrainedParameterWarning,
+)
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.pooled import pool
 from pyro_lvm.evidence.record import check_reference
+from pyro_lvm.evidence.resume import digest_of
 from pyro_lvm.tracing.batch import DataArgs, Rows
+from pyro_lvm.tracing.digest import DataDigest
 from pyro_lvm.tracing.questions import count_parameters, holds_probabilities, same_model
 
 __all__ = ["compare"]
@@ -44,7 +53,7 @@ def compare(
 
     Args:
         rows: name -> ``(model, guide)``; ``(model, None)`` for a model with an exact ``log_prob``; a list of pairs for
-            several training runs of one kind; or a `LogMarginal` that is already there.
+            several training runs of one kind; or a `LogMarginal` that is already there, of the same data.
         x: data ``(N, ...)``, or a ``Dataset`` or ``DataLoader``.
         *args: further arguments of all programs.
         reference: log p(x) of the shared model, that gaps are measured from. None is a row that is exact, if there is
@@ -69,6 +78,9 @@ def compare(
     Raises:
         DataTypeError: no row, or one of none of the kinds above.
         ShapeError: rows and reference with different numbers of data.
+        CheckpointError: a record, as a row or as the reference, is of other data than x, by the digests that records
+            keep of theirs. The precision of x, further arguments that the record did without, and how the data came
+            make no difference; records without a digest, and data that are drawn anew at each reading, pass.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -95,6 +107,7 @@ def compare(
     options: dict[str, Any] = {"num_particles": num_particles, "data_plate": data_plate, "data_args": data_args}
     options |= {"vectorize": vectorize, "chunks": chunks, "seed": seed, "device": device}
     options |= {"compile": compile, "progress": progress}
+    _check_records(kinds, reference, source, data_plate)
     measured: dict[str, ComparisonRow] = {}
     for name, kind in kinds.items():
         try:
@@ -107,7 +120,6 @@ def compare(
             error.add_note(f"in row {name!r} of compare()")
             raise
         measured[name] = row
-    _check_lengths(measured.values(), reference)
     shared = _one_model([kinds[name] for name in measured], source)
     ranked_by = "elbo" if shared else "value"
     ranked = sorted(measured.values(), key=lambda row: -float(row.mean_over_runs(ranked_by).mean()))
@@ -203,26 +215,80 @@ def _measure(
 ) -> ComparisonRow:
     if isinstance(kind, LogMarginal):
         return ComparisonRow(name, (kind,), 0, 0.0, None)
-    cuda = device_of(source).type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _peak_memory(device_of(source)) as peak:
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table and its notes say it of every row
         runs = tuple(importance(model, guide, x, *args, **options) for model, guide in kind)
     if not all(run.provenance.get("finished", True) for run in runs):
         raise KeyboardInterrupt  # which the estimate took for its own
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if cuda else None
-    return ComparisonRow(name, runs, count_parameters(*kind[0], source), seconds, peak)
+    return ComparisonRow(name, runs, count_parameters(*kind[0], source), seconds, peak[0] if peak else None)
 
 
-def _check_lengths(rows: Iterable[ComparisonRow], reference: LogMarginal | None) -> None:
-    lengths = {row.name: len(run) for row in rows for run in row.runs}
-    lengths |= {} if reference is None else {"reference": len(reference)}
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """A list that afterwards has the bytes that were taken on a CUDA device, at most, beside what was there."""
+    peak: list[int] = []
+    if device.type != "cuda":
+        yield peak
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield peak
+    peak.append(torch.cuda.max_memory_allocated(device) - before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether records are of the data that the pairs are measured on.
+
+
+def _check_records(
+    kinds: Mapping[str, list[Pair] | LogMarginal], reference: LogMarginal | None, source: Rows, data_plate: DataPlate
+) -> None:
+    records = {f"rows[{name!r}]": kind for name, kind in kinds.items() if isinstance(kind, LogMarginal)}
+    pairs = len(kinds) - len(records)
+    records |= {} if reference is None else {"reference": reference}
+    lengths = {name: len(record) for name, record in records.items()}
+    lengths |= {"x": 1 if data_plate is None else len(source)} if pairs else {}
     if len(set(lengths.values())) > 1:
-        cure = "Estimate every row on the same x; differences are paired datum by datum."
+        cure = "Estimate every row on the same x, with the same data_plate; differences are paired datum by datum."
         raise ShapeError(refuse("rows", "one number of data", lengths, cure))
+    digests = {name: digest for name, record in records.items() if (digest := _data_digest(record))}
+    if digests and (pairs or len(set(digests.values())) > 1):
+        _check_digests(digests, source)
+
+
+def _data_digest(record: LogMarginal) -> str | None:
+    digests = record.provenance.get("sha256")
+    return digests.get("data") if isinstance(digests, Mapping) else None
+
+
+def _check_digests(digests: Mapping[str, str], source: Rows) -> None:
+    """Each is that of x, in some precision, with all further arguments or the first of them."""
+    same: set[str] = set()
+    for dtype in (None, torch.float32, torch.float64):
+        same |= _with_arguments(digest_of(source, dtype))
+        others = [name for name, digest in digests.items() if digest not in same]
+        if not others:
+            return
+    if digest_of(source).chains != digest_of(source, seed=1).chains:
+        return  # drawn anew at each reading: no two estimates have the same
+    cure = "Estimate it on the same x, in the same order, and arguments; differences are paired datum by datum."
+    got = "one of other data: the SHA-256 that it keeps is another"
+    raise CheckpointError(refuse(", ".join(others), "an estimate on the data of this call", got, cure))
+
+
+def _with_arguments(digest: DataDigest) -> set[str]:
+    """That of x alone, and those of x with one further argument after the other."""
+    found, part = set(), DataDigest()
+    for count in range(1, len(digest.chains) + 1):
+        part.chains = digest.chains[:count]
+        found.add(part.hexdigest())
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said of them.
 
 
 def _notes(result: Comparison, about: str, shared: bool | None, missing: Sequence[str]) -> tuple[str, ...]:
@@ -230,8 +296,7 @@ def _notes(result: Comparison, about: str, shared: bool | None, missing: Sequenc
     rows, reference = result.rows, result.reference
     several = any(len(row.runs) > 1 for row in rows)
     notes = [
-        f"{len(rows[0].runs[0])} data; nats per datum, higher is better. +- is one standard error: of log p-hat over "
-        "the draws, of differences (paired) over data and draws.",
+        _units(rows[0].runs[0]),
         "The errors do not cover training: another seed of it gives other parameters, and may rank jointly trained "
         "pairs otherwise." + (" For the rows of several runs, sd says by how much." if several else ""),
     ]
@@ -260,6 +325,19 @@ def _notes(result: Comparison, about: str, shared: bool | None, missing: Sequenc
             notes.append(f"{row.name}: log p-hat is {doubt} of the data, and likely too low there.")
     notes += [f"Interrupted: {list(missing)} were not measured."] if missing else []
     return tuple(notes)
+
+
+def _units(record: LogMarginal) -> str:
+    if record.provenance.get("data_plate", "") is None:
+        num_data = record.provenance.get("num_data", len(record))
+        return (
+            f"One joint result of {num_data} data; nats in all, higher is better. +- is one standard error, of log "
+            "p-hat over the draws; differences have none, for there are no data to pair."
+        )
+    return (
+        f"{len(record)} data; nats per datum, higher is better. +- is one standard error: of log p-hat over the draws, "
+        "of differences (paired) over data and draws."
+    )
 
 
 def _above(rows: Iterable[ComparisonRow], reference: LogMarginal, why: str) -> list[str]:

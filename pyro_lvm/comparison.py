@@ -23,14 +23,14 @@ __all__ = ["Comparison", "ComparisonRow"]
 
 @dataclass(frozen=True, eq=False)
 class ComparisonRow:
-    """One pair, or one kind of pair trained several times; all numbers in nats per datum.
+    """One pair, or one kind of pair trained several times; all numbers in nats per datum, or of one joint result.
 
     Attributes:
         name: of the row.
         runs: one `LogMarginal` for each training run.
         num_parameters: of model and guide together, 0 where it is not known.
         seconds: time of the estimates, without training.
-        peak_memory: bytes that the estimates took on a CUDA device, else None.
+        peak_memory: bytes that the estimates took on a CUDA device at most, beside what was there; else None.
     """
 
     name: str
@@ -105,7 +105,10 @@ class Comparison:
     notes: tuple[str, ...]
 
     def difference(self, name: str) -> tuple[float, float]:
-        """Score of row ``name`` less that of the first row, paired over data, with its standard error over data."""
+        """Score of row ``name`` less that of the first row, paired over data, with its standard error over data.
+
+        The error is NaN for one datum or one joint result.
+        """
         row = next(row for row in self.rows if row.name == name)
         paired = row.mean_over_runs(self.ranked_by) - self.rows[0].mean_over_runs(self.ranked_by)  # (N,)
         error = float(paired.std()) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
@@ -145,7 +148,7 @@ class Comparison:
             row.name,
             f"{row.elbo:.3f}",
             row.quoted,
-            "" if row is self.rows[0] else f"{difference:.3f} +- {error:.2g}",
+            "" if row is self.rows[0] else f"{difference:.3f}" + ("" if math.isnan(error) else f" +- {error:.2g}"),
             f"{round(self.gap(row.name), 3) + 0.0:.3f}",  # no minus zero
             "/".join(sorted({run.particles_in_words for run in row.runs}, key=lambda k: (len(k), k))),
             f"{float(ess):.2f}",

@@ -18,7 +18,7 @@ from pyro_lvm._checks import check_chunks, check_positive_int, check_seed, refus
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
-from pyro_lvm.evidence.data import data_source, device_of
+from pyro_lvm.evidence.data import data_source
 from pyro_lvm.evidence.record import check_reference, concatenate
 from pyro_lvm.guides.refine import Refinement, refine
 from pyro_lvm.table import TextTable
@@ -232,7 +232,7 @@ def inference_gap(
     if reference is not None and len(reference) != expected:
         cure = "Estimate it on the same x, with the same data_plate."
         raise ShapeError(refuse("reference", f"{expected} values of log p(x)", len(reference), cure))
-    with evaluation(model, guide), evaluation_rng(0, [device_of(source)]):
+    with evaluation(model, guide), evaluation_rng(0):
         plan = probe_pair(model, guide, source, data_plate, vectorize)
         params = current_params()  # the same in all runs, also those with a random start that nothing has trained
     model, guide = Fitted(model, params), Fitted(guide, params)

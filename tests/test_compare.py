@@ -1,10 +1,12 @@
 import math
+import sys
 from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyro_lvm as lvm
 
@@ -329,9 +331,134 @@ def test_training_runs_share_their_random_numbers_so_their_error_is_no_smaller()
     assert nine.stderr == pytest.approx(one.stderr)
 
 
+def without_digest(record):
+    return replace(record, provenance={key: value for key, value in record.provenance.items() if key != "sha256"})
+
+
 def test_a_reference_of_other_data_is_noticed():
-    other = lvm.log_marginal(Exact(), None, X + 5.0)
+    other = without_digest(lvm.log_marginal(Exact(), None, X + 5.0))
     assert "an ELBO above the reference" in str(lvm.compare({"a": ROWS["wide"]}, X, reference=other))
+
+
+MOVED = X.clone()
+MOVED[20] += 1e-9
+OTHER = "expected an estimate on the data of this call, got one of other data"
+
+
+@pytest.mark.parametrize("x", [MOVED, X.flip(0)], ids=["one datum", "another order"])
+def test_records_of_other_data_are_refused(x, tmp_path):
+    other, same = (lvm.log_marginal(*ROWS["wide"], data, num_particles=200, seed=0) for data in (x, X))
+    other.save(tmp_path / "record.json")
+    read = lvm.LogMarginal.load(tmp_path / "record.json")
+    for record in (other, read):
+        with pytest.raises(lvm.CheckpointError, match=rf"^rows\['b'\]: {OTHER}.*Estimate it on the same x"):
+            lvm.compare({"a": ROWS["wide"], "b": record}, X)
+    with pytest.raises(lvm.CheckpointError, match=rf"^rows\['b'\]: {OTHER}"):
+        lvm.compare({"a": same, "b": other}, X)
+    with pytest.raises(lvm.CheckpointError, match=rf"^reference: {OTHER}"):
+        lvm.compare({"a": ROWS["wide"]}, X, reference=read)
+    lvm.compare({"a": ROWS["wide"], "b": without_digest(other)}, X, num_particles=200)
+
+
+def test_a_joint_record_of_other_data_is_refused():
+    other = lvm.log_marginal(Exact(), None, X[:5], data_plate=None)
+    with pytest.raises(lvm.CheckpointError, match="reference"):
+        lvm.compare({"a": ROWS["wide"]}, X, data_plate=None, num_particles=200, reference=other)
+
+
+@pytest.mark.parametrize(
+    ("form", "x"),
+    [
+        (X, X),
+        (X.numpy(), X),
+        (TensorDataset(X), X),
+        (DataLoader(TensorDataset(X), batch_size=7), X),
+        (X.float(), X),
+        (X.float().double(), X.float()),
+    ],
+    ids=["chunks", "array", "data set", "loader", "in float32", "of float32"],
+)
+def test_the_same_data_in_another_form_are_the_same(form, x, tmp_path):
+    record = lvm.log_marginal(*ROWS["wide"], form, num_particles=200, seed=0, chunks=(3, 7))
+    record.save(tmp_path / "record.json")
+    for each in (record, lvm.LogMarginal.load(tmp_path / "record.json")):
+        for given in (x, TensorDataset(x)):
+            assert len(lvm.compare({"a": ROWS["wide"], "b": each}, given, num_particles=200).rows) == 2
+
+
+def test_estimators_without_a_guide_have_the_digest_of_the_same_data():
+    bits = lvm.models.BinaryLatent(2, 4)
+    x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)).round()
+    rows = {"exact": lvm.evidence.enumeration(bits, x), "same": lvm.evidence.closed_form(bits, x), "pair": (bits, None)}
+    assert len(lvm.compare(rows, x).rows) == 3
+    with pytest.raises(lvm.CheckpointError, match=r"rows\['exact'\], rows\['same'\]"):
+        lvm.compare(rows, 1 - x)
+
+
+def with_noise(x, noise):
+    model(x + 0 * noise)
+
+
+def test_an_argument_that_a_record_does_without_makes_no_difference():
+    def guide(x, noise):
+        ROWS["wide"][1](x)
+
+    exact = lvm.log_marginal(Exact(), None, X)
+    assert lvm.compare({"a": (with_noise, guide)}, X, torch.ones_like(X), reference=exact, num_particles=200).reference
+    other = lvm.log_marginal(with_noise, guide, X, torch.zeros_like(X), num_particles=200)
+    with pytest.raises(lvm.CheckpointError, match="reference"):
+        lvm.compare({"a": (with_noise, guide)}, X, torch.ones_like(X), reference=other)
+
+
+def test_data_that_are_drawn_anew_are_not_compared():
+    class Drawn(Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            return X[i] + torch.randn((), dtype=X.dtype)
+
+    record = lvm.log_marginal(*ROWS["wide"], Drawn(), num_particles=200, seed=3)
+    state = torch.get_rng_state()
+    assert len(lvm.compare({"a": ROWS["wide"], "b": record}, Drawn(), num_particles=200).rows) == 2
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_records_are_looked_at_before_anything_is_estimated():
+    def never(x):
+        raise AssertionError
+
+    for other in (MOVED, X[:5]):
+        with pytest.raises((lvm.CheckpointError, lvm.ShapeError)):
+            lvm.compare({"a": (model, never)}, X, reference=lvm.log_marginal(Exact(), None, other))
+
+
+def test_one_joint_result_is_called_that():
+    result = lvm.compare({"wide": ROWS["wide"], "off": ROWS["off"]}, X[:6], data_plate=None, num_particles=200)
+    assert result.notes[0].startswith("One joint result of 6 data; nats in all, higher is better.")
+    assert "nan" not in str(result)
+    assert "per datum" not in str(result)
+    alone = lvm.compare({"exact": (Exact(), None)}, X[:6], data_plate=None)
+    assert alone.notes[0].startswith("One joint result of 6 data; ")
+
+
+def test_peak_memory_is_that_of_the_row_on_the_device_of_the_data(monkeypatch):
+    """Of 100 bytes that were there, and 350 at most; the current device may be another."""
+    module, device, asked = sys.modules["pyro_lvm.compare"], torch.device("cuda:1"), []
+    monkeypatch.setattr(module, "device_of", lambda _: device)
+    for name, found in (("reset_peak_memory_stats", None), ("memory_allocated", 100), ("max_memory_allocated", 350)):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, found=found: asked.append(given) or found)
+    row = lvm.compare({"a": ROWS["wide"]}, X, num_particles=200).rows[0]
+    assert row.peak_memory == 250
+    assert asked == [(device,)] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_leaves_out_what_was_there():
+    there = torch.zeros(2**26, device="cuda")  # 256 MiB
+    row = lvm.compare({"a": ROWS["wide"]}, X.cuda(), num_particles=200).rows[0]
+    assert 0 < row.peak_memory < there.nbytes / 2
 
 
 def test_ctrl_c_keeps_the_rows_that_are_finished():

@@ -134,13 +134,13 @@ def run_annealed(
         num_steps = check_positive_int("num_steps", num_steps)
     num_leapfrog = check_positive_int("num_leapfrog", num_leapfrog)
     chunks = check_chunks(chunks)
-    devices = [device_of(source)]
+    device = device_of(source)
     program = prior_of_the_rest(model, source, data_plate) if guide is None else guide
     with proposing(model, program, source, data_plate, vectorize) as start:
         tables, plan = start.tables, start.tables.plan
-        with evaluation_rng(0, devices), validation(False):
+        with evaluation_rng(0), validation(False):
             sizes = chunks or annealing_chunks(plan, tables.model, tables.guide, source, num_particles)
-        columns = Columns(plan.model_layout.num_data(source), devices[0])
+        columns = Columns(plan.model_layout.num_data(source), device)
         job = AnnealingJob(
             plan,
             start.pair,
@@ -153,10 +153,10 @@ def run_annealed(
             num_leapfrog=num_leapfrog,
             others=start.members[1:],
         )
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             job.run(progress)
     name = ", ".join(start.names) or ("prior" if guide is None else "guide")
-    about = {"seed": seed, "device": str(devices[0])} | job.provenance()
+    about = {"seed": seed, "device": str(device)} | job.provenance()
     return LogMarginal(
         **columns.numbers,
         status=columns.status,

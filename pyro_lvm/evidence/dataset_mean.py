@@ -109,17 +109,17 @@ def dataset_mean(
     chunks = check_chunks(chunks)
     source = data_source(x, args, data_args, device)
     guide = guide or empty_guide
-    devices = [device_of(source)]
+    device = device_of(source)
     with evaluation(model, guide), torch.no_grad():
         plan, pair = look(model, guide, source, data_plate, vectorize)
         _check_parts(plan)
-        rows, at_once = chunks or plan.chunk_sizes(len(source), size, devices[0])
+        rows, at_once = chunks or plan.chunk_sizes(len(source), size, device)
         sizes = (min(rows, max(1, _KEPT // size)), at_once)
-        columns = Columns(len(source), devices[0])
+        columns = Columns(len(source), device)
         job = _MeanJob(plan, pair, Tables(plan, model, guide), source, size, sizes, columns)
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             job.run(progress)
-    provenance = {"data": data_provenance(x), "seed": seed, "device": str(devices[0])}
+    provenance = {"data": data_provenance(x), "seed": seed, "device": str(device)}
     record = job.record(provenance | job.provenance())
     if not math.isfinite(record.value) or record.largest_share > LARGE_SHARE or doubt(job.columns.status):
         warn_caller(f"dataset_mean: {record.verdict}", UnreliableEstimateWarning)

@@ -67,7 +67,8 @@ def defensive(
 
     Returns:
         `LogMarginal`, results ``(N,)`` in nats. Biased low, by about half the variance of the value. ``particles`` is
-        the number of chains where a datum was annealed, and that of all draws elsewhere. ``provenance["annealing"]``
+        the number of chains where a datum was annealed, and that of all draws elsewhere. So is ``elbo`` the bound of
+        the annealing there, and that of the mixture of guide and prior elsewhere. ``provenance["annealing"]``
         has ``num_data``, or says under ``refused`` why there was none, as with discrete latents that the guide draws.
         Interrupted with Ctrl-C it holds the data that were pooled first; some of them may still have these values.
 
@@ -104,8 +105,9 @@ def defensive(
         guide = {"guide": guide, "prior": None}
     source, guides = data_source(x, args, data_args, device), named(guide)
     pairs = {name: (model, each) for name, each in guides.items()}
-    settings = (data_plate, vectorize, chunks)
-    record = pool(pairs, source, num_particles, *settings, seed, progress)
+    settings: dict[str, Any] = {"data_plate": data_plate, "vectorize": vectorize, "chunks": chunks}
+    settings |= {"progress": progress}
+    record = pool(pairs, source, num_particles, seed=seed, **settings)
     record = replace(record, method=f"defensive {record.method}")
     if not record.provenance["finished"]:
         return quoted(record, x)
@@ -114,7 +116,8 @@ def defensive(
     try:
         if doubtful.any():
             chosen = _Chosen(source, doubtful, tied)
-            chains = run_annealed(model, guides, chosen.rows, num_chains, None, 3, *settings, _after(seed, 2), progress)
+            steps: dict[str, Any] = {"num_particles": num_chains, "num_steps": None, "num_leapfrog": 3}
+            chains = run_annealed(model, guides, chosen.rows, seed=_after(seed, 2), **steps, **settings)
             record = chosen.put(record, chains)
             done, finished = min(len(chains), int(doubtful.sum())), chains.provenance["finished"]
             annealing = {"annealing": chains.provenance["annealing"] | {"num_data": done}}
@@ -122,7 +125,7 @@ def defensive(
             record = replace(record, method=method, provenance=record.provenance | annealing)
         if finished and not doubtful.all():
             chosen = _Chosen(source, ~doubtful, tied)
-            record = chosen.put(record, pool(pairs, chosen.rows, num_particles, *settings, _after(seed, 1), progress))
+            record = chosen.put(record, pool(pairs, chosen.rows, num_particles, seed=_after(seed, 1), **settings))
     except KeyboardInterrupt:
         pass
     except PyroLVMError as error:  # as of discrete latents; what is there is not lost

@@ -201,12 +201,12 @@ def posterior_draws(
     num_particles = check_positive_int("num_particles", num_particles)
     chunks = check_chunks(chunks)
     source = data_source(x, args, data_args, device)
-    devices = [device_of(source)]
+    device = device_of(source)
     with proposing(model, guide, source, data_plate, vectorize) as start:
         plan, total = start.tables.plan, num_particles * max(1, len(start.members))
         _check_draws(plan)
-        columns = Columns(plan.model_layout.num_data(source), devices[0])
-        sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
+        columns = Columns(plan.model_layout.num_data(source), device)
+        sizes = chunks or plan.chunk_sizes(len(source), total, device)
         job = _DrawsJob(
             plan,
             start.pair,
@@ -218,9 +218,9 @@ def posterior_draws(
             members=start.members,
             num_draws=num_draws,
         )
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             job.run(progress)
-    return quoted(job.record({"seed": seed, "device": str(devices[0])} | job.provenance()), x)
+    return quoted(job.record({"seed": seed, "device": str(device)} | job.provenance()), x)
 
 
 def _check_draws(plan: Plan) -> None:

@@ -75,7 +75,7 @@ def enumeration(
     source = data_source(x, args, data_args, device)
     guide = uniform_guide(model, lambda fn: not fn.has_enumerate_support)
     values, digest = [], DataDigest()
-    with evaluation(model, guide), torch.no_grad(), evaluation_rng(0, [device_of(source)]):
+    with evaluation(model, guide), torch.no_grad(), evaluation_rng(0):
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
             few = len(source) if plan.tied else min(len(source), PROBE_ROWS)

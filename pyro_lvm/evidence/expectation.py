@@ -23,7 +23,7 @@ from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.particles import Draws
 from pyro_lvm.tracing.probe import Plan, empty_guide
 
-__all__ = ["Expectation", "MeansJob", "Values", "estimate", "expectation"]
+__all__ = ["Expectation", "MeansJob", "Values", "estimate", "expectation", "per_result"]
 
 #: Values of f ``(k, N, ...)`` at k draws of some data.
 Values = Callable[[Batch, int, Draws], torch.Tensor]
@@ -187,19 +187,19 @@ def estimate(
     num_particles = check_positive_int("num_particles", num_particles)
     chunks = check_chunks(chunks)
     source = data_source(x, tuple(args), data_args, device)
-    devices = [device_of(source)]
+    device = device_of(source)
     program = empty_guide if guide is None else guide
     with proposing(model, program, source, data_plate, vectorize) as start:
         plan, members = start.tables.plan, start.members
-        with evaluation_rng(0, devices):
+        with evaluation_rng(0):
             of = values(start.tables, source)
         total = 1 if plan.exact else num_particles * max(1, len(members))
-        columns = Columns(plan.model_layout.num_data(source), devices[0])
-        sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
+        columns = Columns(plan.model_layout.num_data(source), device)
+        sizes = chunks or plan.chunk_sizes(len(source), total, device)
         job = MeansJob(plan, start.pair, start.tables, source, total, sizes, columns, members=members, values=of)
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             job.run(progress)
-    return quoted(job.record({"seed": seed, "device": str(devices[0])} | job.provenance()), x)
+    return quoted(job.record({"seed": seed, "device": str(device)} | job.provenance()), x)
 
 
 @dataclass
@@ -276,4 +276,9 @@ def _called(
     if tuple(found.shape[: len(expected)]) != expected:
         cure = "Return one value, of any shape, for each draw of each datum."
         raise ShapeError(refuse("fn", f"values of shape {expected} or (*, ...)", tuple(found.shape), cure))
-    return found.unsqueeze(1) if layout.plate is None else found
+    return per_result(found, plan)
+
+
+def per_result(values: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Values at k draws with a dimension for the results, ``(k, N, ...)``: of a joint result it is new, and one."""
+    return values.unsqueeze(1) if plan.model_layout.plate is None else values

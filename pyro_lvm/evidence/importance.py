@@ -83,8 +83,9 @@ def importance(
         resume: a directory, made if need be, that keeps finished chunks of data while the estimate runs. After a crash,
             a kill or Ctrl-C the same call goes on from there, and ends with the numbers, bit for bit, of a run that was
             not interrupted; without a seed, the draws go on from where they were. A second of work and the chunk in
-            progress are lost. A finished estimate is returned at once. One process at a time; of a joint result
-            (``data_plate=None``), or a pair that is tied to all of its data, nothing is kept before the end.
+            progress are lost. x is read first, and has to be what it was; a finished estimate is then returned. One
+            process at a time; of a joint result (``data_plate=None``), or a pair that is tied to all of its data,
+            nothing is kept before the end.
         progress: show a bar; None shows it in a terminal.
 
     Returns:
@@ -129,24 +130,24 @@ def importance(
         raise DataTypeError(refuse("compile", "True or False", repr(compile), "True captures and compiles the pair."))
     source = data_source(x, args, data_args, device)
     guide = guide or empty_guide
-    devices = [device_of(source)]
-    provenance: dict[str, Any] = {"seed": seed, "device": str(devices[0])}
+    device = device_of(source)
+    provenance: dict[str, Any] = {"seed": seed, "device": str(device)}
     with evaluation(model, guide), torch.no_grad():
         plan, pair = look(model, guide, source, data_plate, vectorize)
         num_particles = 1 if plan.exact else num_particles
-        sizes = chunks or plan.chunk_sizes(len(source), num_particles, devices[0])
-        columns = Columns(plan.model_layout.num_data(source), devices[0])
+        sizes = chunks or plan.chunk_sizes(len(source), num_particles, device)
+        columns = Columns(plan.model_layout.num_data(source), device)
         checkpoint = None
         if resume is not None:
             options: dict[str, Any] = {
                 "num_particles": num_particles,
                 "chunks": chunks,
                 "seed": seed,
-                "device": devices[0],
+                "device": device,
             }
             options |= pair | {"model_dtype": model_dtype}
             known = fingerprint(plan, model, guide, source, options)
-            checkpoint = Checkpoint(resume, known, columns, devices[0])
+            checkpoint = Checkpoint(resume, known, columns, device)
             provenance["resumed_at"] = checkpoint.resumed_at
         if model_dtype is not None:
             provenance["model_dtype"] = rounding(plan, model, guide, source, model_dtype)
@@ -155,7 +156,7 @@ def importance(
         job = Job(plan, pair, tables, source, num_particles, sizes, columns, checkpoint)
         if target is not None and not plan.exact:
             job = TargetedJob(plan, pair, tables, source, num_particles, sizes, columns, target=target)
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             job.run(progress)
     return quoted(_record(job, provenance), x)
 

@@ -11,7 +11,6 @@ from pyro_lvm._checks import shown
 from pyro_lvm._typing import DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import versions
 from pyro_lvm.evidence.columns import Columns
-from pyro_lvm.evidence.data import device_of
 from pyro_lvm.evidence.resume import Checkpoint, Progress
 from pyro_lvm.ops import WeightAccumulator, WeightSummary
 from pyro_lvm.ops.memory import keep_freed_memory, ran_out_of_memory
@@ -42,7 +41,7 @@ def look(
     model: Model, guide: Guide, source: Rows, data_plate: DataPlate, vectorize: Vectorize
 ) -> tuple[Plan, dict[str, str]]:
     """How a pair runs, and what it is: the names of its programs and the digest of its parameters."""
-    with evaluation_rng(0, [device_of(source)]):
+    with evaluation_rng(0):
         plan = probe_pair(model, guide, source, data_plate, vectorize)
         few = source.rows(slice(0, len(source) if plan.tied else PROBE_ROWS))
         parameters = parameter_digest(model, guide, few)

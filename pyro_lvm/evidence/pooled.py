@@ -113,18 +113,18 @@ def pool(
 ) -> LogMarginal:
     """`pooled` of pairs whose models are one, each with the parameters that it learned."""
     num_particles, chunks = check_positive_int("num_particles", num_particles), check_chunks(chunks)
-    devices = [device_of(source)]
+    device = device_of(source)
     with joined(pairs, source, data_plate, vectorize) as start:
         total, plan = len(pairs) * num_particles, start.tables.plan
-        sizes = chunks or plan.chunk_sizes(len(source), total, devices[0])
-        columns = Columns(plan.model_layout.num_data(source), devices[0])
+        sizes = chunks or plan.chunk_sizes(len(source), total, device)
+        columns = Columns(plan.model_layout.num_data(source), device)
         job = WeightedJob(plan, start.pair, start.tables, source, total, sizes, columns, members=start.members)
-        with evaluation_rng(seed, devices):
+        with evaluation_rng(seed):
             job.run(progress)
     return LogMarginal(
         **columns.numbers,
         status=columns.status,
         num_particles=total,
         method=f"mixture of {len(pairs)} guides",
-        provenance={"seed": seed, "device": str(devices[0])} | job.provenance(),
+        provenance={"seed": seed, "device": str(device)} | job.provenance(),
     )

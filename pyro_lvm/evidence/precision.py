@@ -100,7 +100,7 @@ def rounding(plan: Plan, model: Model, guide: Guide, source: Rows, dtype: torch.
     num_particles = 1 if plan.exact else _PARTICLES
     tables = []
     for program in (in_half(model, dtype), model):
-        with evaluation_rng(0, [batch.args[0].device]), validation(False):
+        with evaluation_rng(0), validation(False):
             tables.append(weight_table(plan, program, Proposal(plan, guide, batch), num_particles).total.double())
     moved = {"log_weight": tables[0] - tables[1], "log_p": log_mean_exp(tables[0]) - log_mean_exp(tables[1])}
     found: dict[str, Any] = {"dtype": str(dtype), "data": len(batch), "particles": num_particles}

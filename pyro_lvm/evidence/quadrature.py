@@ -4,6 +4,9 @@ In unconstrained coordinates u the integrand p(x, z(u)) |dz/du| decays on all si
 converges faster than any power of the spacing (Trefethen & Weideman 2014). What it needs is a box that holds
 the mass: each datum has its own, found by zooming in on, or out to, where the integrand lies within 45 nats of its
 largest value, and turned along the axes of the posterior.
+
+Towards the edge of a support log p(x, z(u)) |dz/du| becomes a straight line in u, as does that of a density z^(a-1).
+Where z(u) is closer to the edge than floating-point numbers tell apart, that line is continued.
 """
 
 import math
@@ -13,18 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_lvm._checks import check_positive_int, refuse
+from pyro_lvm._checks import check_positive_int, check_program, refuse
 from pyro_lvm._typing import Data, DataPlate, Model
-from pyro_lvm.errors import DataTypeError, SupportError
+from pyro_lvm.errors import DataTypeError, SiteError, SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
 from pyro_lvm.tracing.coordinates import Coordinates, make_axis
 from pyro_lvm.tracing.digest import DataDigest, parameter_digest
-from pyro_lvm.tracing.intercept import run, vectorised_frames
+from pyro_lvm.tracing.intercept import Trace, is_unobserved, run, vectorised_frames, without
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
-from pyro_lvm.tracing.probe import Plan, probe_pair
+from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair
 from pyro_lvm.tracing.proposals import normal_guide
+from pyro_lvm.tracing.sites import check_free, mask_of
 from pyro_lvm.tracing.weights import check_data, evaluation
 
 __all__ = ["quadrature"]
@@ -35,6 +39,10 @@ _FINE = {1: 513, 2: 129, 3: 49}  # odd, so that every second node is the rule of
 _FIRST = 10.0  # half width of the first box, in unconstrained coordinates
 _ZOOMS = 40
 _TURNS = 3
+_LINES = (1.0, 3.0)  # lengths of u on which the slope at the edge of a support is taken, the second for its error
+_LEAST = 4.0  # least reach of u in which both have room
+_RERUNS = 16  # runs that a support stays the same in: two would often draw a single class alike
+_ROUNDING = 16  # rounding error in units of eps times the terms
 
 
 def quadrature(
@@ -57,19 +65,24 @@ def quadrature(
         x: data ``(N, ...)``, or a ``Dataset`` or ``DataLoader``.
         *args: further arguments of the model; tensors with N rows go with x.
         num_nodes: nodes a dimension, odd; None is 513, 129 or 49 in one, two or three dimensions.
-        tolerance: largest error in nats that counts as ``exact``.
+        tolerance: largest error in nats, beside rounding, that counts as ``exact``.
         data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint result.
         data_args: positions among ``args`` of those with one row per datum.
         device: where to compute; None stays on the device of x.
 
     Returns:
-        `LogMarginal`; ``stderr`` is the difference to the rule with twice the spacing, a bound on the error of the
-        finer one where the integrand is smooth, and what nodes far around see outside of the box. Status ``exact`` up
-        to ``tolerance``, else ``unreliable``. A mode that lies between all nodes far around is not seen.
+        `LogMarginal`; ``stderr`` adds up estimates of four errors in nats: how rules of twice and three times the
+        spacing differ, which for a smooth integrand is more than the error; what nodes far around see outside of the
+        box; how far two slopes at the edge of a support, beyond the reach of the dtype, lead apart; and rounding, 16
+        eps times the terms of log p(x, z) where that is largest. Status ``exact`` if all but the last, which more
+        nodes cannot lower, are up to ``tolerance`` together, else ``unreliable``; ``no_support`` at -inf and
+        ``nonfinite`` at NaN and infinity. A mode that lies between all nodes far around is not seen.
 
     Raises:
-        SupportError: a latent is discrete without being enumerable, has more than three dimensions, or lies in a plate
-            of its own.
+        SupportError: a latent is discrete without being enumerable, has more than three dimensions, lies in a plate of
+            its own, or has a support that moves with other latents.
+        SiteError: something depends on a missing value (``obs_mask``), which the model draws itself, or a latent is
+            masked.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -84,27 +97,31 @@ def quadrature(
     if not isinstance(tolerance, float | int) or not tolerance > 0:
         raise DataTypeError(refuse("tolerance", "a positive number of nats", repr(tolerance), "Pass e.g. 1e-6."))
     source = data_source(x, args, data_args, device)
-    guide = normal_guide(model, lambda fn: not fn.has_enumerate_support)
-    values, errors, digest = [], [], DataDigest()
-    with evaluation(model, guide), torch.no_grad(), evaluation_rng(0, [device_of(source)]):
+    check_program("model", model)
+    guide = normal_guide(without(model, is_unobserved), lambda fn: not fn.has_enumerate_support)
+    values, errors, roundings, digest = [], [], [], DataDigest()
+    with evaluation(model, guide), torch.no_grad(), evaluation_rng(0):
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
             rows, _ = plan.chunk_sizes(len(source), 1, device_of(source))
+            check_free(model, source.rows(slice(0, rows if plan.tied else PROBE_ROWS)).args, plan.match)
             for start in range(0, len(source), rows):
                 batch = source.rows(slice(start, min(start + rows, len(source))))
                 check_data(plan, model, guide, batch, start)
                 digest.add(batch)
                 integrand = _Integrand(plan, model, guide, batch)
-                value, error = integrand.integrate(num_nodes)
+                value, error, rounding = integrand.integrate(num_nodes)
                 values.append(value)
                 errors.append(error)
+                roundings.append(rounding)
         parameters = parameter_digest(model, guide, batch)
     value, error = torch.cat(values), torch.cat(errors)
     provenance = {"data": data_provenance(x), "data_plate": plan.model_layout.plate, "tolerance": tolerance}
     provenance["sha256"] = {"parameters": parameters, "data": digest.hexdigest()}
     record = exact_record(value, "quadrature", integrand.num_nodes**integrand.dim, provenance)
-    sure = (error <= tolerance).cpu().numpy()
-    return replace(record, stderr=error, status=np.where(sure, record.status, "unreliable"))
+    unsure = (value.isfinite() & ~(error <= tolerance)).cpu().numpy()
+    status = np.where(unsure, "unreliable", record.status)
+    return replace(record, stderr=error + torch.cat(roundings), status=status)
 
 
 class _Integrand:
@@ -112,12 +129,10 @@ class _Integrand:
 
     def __init__(self, plan: Plan, model: Model, guide: Any, batch: Batch) -> None:
         self.plan, self.model, self.batch = plan, model, batch
-        sites = {n: s for n, s in run(guide, batch.args).items() if n in plan.match.sampled}
+        sites = self._latents(guide)
         for name, site in sites.items():
-            _check_plates(name, site, plan)
-        layout = plan.model_layout
-        axes = [make_axis(name, site, site["fn"].transforms[0], layout) for name, site in sites.items()]
-        self.coordinates = Coordinates(layout, batch, axes)
+            _check_site(name, site, plan)
+        self.coordinates = self._coordinates(sites)
         self.num_data, self.dim, self.num_nodes = self.coordinates.num_data, self.coordinates.dim, 0
         if not 1 <= self.dim <= 3:
             raise SupportError(
@@ -126,38 +141,128 @@ class _Integrand:
             )
         dtype = next(iter(sites.values()))["value"].dtype
         self.like = torch.empty(0, dtype=dtype, device=batch.args[0].device)
+        self._check_fixed(guide)
+        self.low, self.high = -self._reach(-1), self._reach(1)  # (N, d)
+        self.fine = (self.high.minimum(-self.low) >= _LEAST).all(-1)  # (N,), the dtype tells enough of the values
 
-    def __call__(self, u: torch.Tensor) -> torch.Tensor:
-        """``(k, N)``, in chunks that fit the memory."""
+    def _latents(self, guide: Any) -> Trace:
+        return {n: s for n, s in run(guide, self.batch.args).items() if n in self.plan.match.sampled}
+
+    def _coordinates(self, sites: Trace) -> Coordinates:
+        layout = self.plan.model_layout
+        axes = [make_axis(name, site, site["fn"].transforms[0], layout) for name, site in sites.items()]
+        return Coordinates(layout, self.batch, axes)
+
+    def _check_fixed(self, guide: Any) -> None:
+        """The supports are the same whatever other latents are drawn."""
+        line = torch.linspace(-1, 1, 3, dtype=self.like.dtype, device=self.like.device)
+        u = line[:, None, None].expand(-1, self.num_data, self.dim)
+        draws, _ = self.coordinates.latents(u)
+        for _ in range(_RERUNS):
+            others, _ = self._coordinates(self._latents(guide)).latents(u)
+            for name, draw in draws.items():
+                if not torch.allclose(draw.value, others[name].value, equal_nan=True):
+                    cure = "Write the model with a latent of fixed support and scale it afterwards."
+                    got = "one that moves with the draws of other latents"
+                    raise SupportError(refuse(f"latent site {name!r}", "a support that depends on x alone", got, cure))
+
+    def _reach(self, sign: int) -> torch.Tensor:
+        """How far from 0 each coordinate, alone, can be told from its value: ``(N, d)``, inf on the real line.
+
+        To the square root of the precision, where slopes are as much in error from rounding as from being taken
+        within the support; and no further than where squares of values would underflow.
+        """
+        info = torch.finfo(self.like.dtype)
+        most = -math.log(info.tiny) / 2
+        line = torch.linspace(0, most, 129, dtype=self.like.dtype, device=self.like.device)
+        line = torch.cat([line, line.new_tensor([1e4])])
+        reach = []
+        for i in range(self.dim):
+            u = line.new_zeros(len(line), self.num_data, self.dim)
+            u[..., i] = sign * line[:, None]
+            back = self.coordinates.vector(self.coordinates.latents(u)[0])
+            lost = ~((back - u)[..., i].abs() <= math.sqrt(info.eps))  # NaN is lost too
+            first = torch.where(lost, line[:, None], torch.inf).amin(0).double()  # (N,)
+            reach.append(torch.where(first.isinf(), first, (first - most / 128).clamp(0, most)))
+        return torch.stack(reach, -1)
+
+    def __call__(self, u: torch.Tensor, length: float = _LINES[0]) -> torch.Tensor:
+        """``(k, N)``; beyond the reach of the dtype on the straight line through what lies ``length`` within it."""
+        within = u.clamp(self.low, self.high).where(self.fine[:, None], u)
+        distance = (u - within).abs().amax(-1)  # (k, N)
+        values = self._chunked(within)
+        some = (distance > 0).any(1).nonzero()[:, 0]
+        if not len(some):
+            return values
+        distance, edge = distance[some], within[some]
+        inwards = (edge - u[some]) / distance.where(distance > 0, 1.0)[..., None]
+        slope = (values[some] - self._chunked(edge + length * inwards)) / length
+        line = values[some] + slope * distance
+        values[some] = line.where((distance > 0) & values[some].isfinite(), values[some])
+        return values
+
+    def _chunked(self, u: torch.Tensor) -> torch.Tensor:
+        """log p(x, z(u)) |dz/du|, ``(k, N)``, in chunks that fit the memory."""
         _, size = self.plan.chunk_sizes(len(self.batch), len(u), u.device)
-        return torch.cat([self._log_joint(part) for part in u.split(size)])
+        return torch.cat([self._log_joint(part)[0] for part in u.split(size)])
 
-    def _log_joint(self, u: torch.Tensor) -> torch.Tensor:
+    def _log_joint(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p(x, z(u)) |dz/du|, ``(k, N)``, and its rounding error, ``(N,)`` nats, the largest of all nodes."""
         draws, jacobian = self.coordinates.latents(u.to(self.like.dtype))
         table, _ = self.plan.model_runner(self.model).run(self.batch, self.plan.model_mode, len(u), draws)
-        return table.total.double() + jacobian.double()
+        eps = max(torch.finfo(dtype).eps for dtype in (self.like.dtype, table.total.dtype))
+        size = (table.magnitude.double() + jacobian.double().abs().amax(0)).clamp(min=1.0)
+        return table.total.double() + jacobian.double(), _ROUNDING * eps * size
 
-    def integrate(self, num_nodes: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log of the integral and its error, ``(N,)`` nats."""
+    def integrate(self, num_nodes: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log of the integral, its error and that from rounding, each ``(N,)`` nats."""
         box = self._box()
         self.num_nodes = check_positive_int("num_nodes", num_nodes or _FINE[self.dim], 9) // 2 * 2 + 1
         nodes = _grid(self.num_nodes, self.dim, box.center)  # (G, d)
-        values = self(box.at(nodes))  # (G, N)
-        every_second = values.reshape(*(self.num_nodes,) * self.dim, -1)[(slice(None, None, 2),) * self.dim]
+        u = box.at(nodes)  # (G, N, d)
+        values = self(u)  # (G, N)
         log_cell = box.log_volume - self.dim * math.log(self.num_nodes - 1)  # (N,)
         fine = values.logsumexp(0) + log_cell
-        coarse = every_second.flatten(0, self.dim - 1).logsumexp(0) + log_cell + self.dim * math.log(2)
-        outside = self._outside(box, nodes, fine)
+        value = torch.logaddexp(fine, self._outside(box, nodes))
         # What few nodes see is known to a factor only.
-        return fine + outside, (fine - coarse).abs() + 4 * outside
+        error = self._spacing_error(values) + 4 * (value - fine) + self._beyond(u, values)
+        best = u[_known(values).argmax(0), torch.arange(self.num_data, device=u.device)]  # (N, d)
+        return value, error, self._log_joint(best.clamp(self.low, self.high)[None])[1]
 
-    def _outside(self, box: "_Box", nodes: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-        """log(1 + r) with r what lies around the box, as a share of what lies inside: ``(N,)`` nats."""
+    def _spacing_error(self, values: torch.Tensor) -> torch.Tensor:
+        r"""Error of the rule from its ``values (G, N)``, ``(N,)`` nats.
+
+        With spacing h it is :math:`F(2 \pi / h)`, F the spectrum of the integrand. The rule of spacing 2h errs by
+        :math:`F(\pi / h)`, but at some phases by nothing. Those of spacing 3h cannot all do so, each on its third of
+        the nodes; where F decays exponentially the square of their error, :math:`F(4 \pi / 3h)`, is still the larger.
+        """
+        table = values.reshape(*(self.num_nodes,) * self.dim, -1)  # (n, ..., n, N)
+        total = values.logsumexp(0)
+        second = table[(slice(None, None, 2),) * self.dim].flatten(0, self.dim - 1).logsumexp(0)
+        error = (second + self.dim * math.log(2) - total).abs()
+        for i in range(self.dim):
+            lines = table.movedim(i, 0).reshape(self.num_nodes, -1, self.num_data).logsumexp(1)  # (n, N)
+            thirds = [lines[start::3].logsumexp(0) + math.log(3) - total for start in range(3)]
+            error = error.maximum(torch.stack(thirds).abs().amax(0) ** 2)
+        return error
+
+    def _beyond(self, u: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """By how much the integral is uncertain since it goes beyond the reach of the dtype, ``(N,)`` nats."""
+        beyond = ((u < self.low) | (u > self.high)).any(-1)  # (G, N)
+        some = beyond.any(1)
+        if not bool(some.any()):
+            return torch.zeros_like(values[0])
+        others = values.clone()
+        others[some] = self(u[some], _LINES[1])
+        others = others.masked_fill(beyond & ~self.fine, -torch.inf)
+        return torch.maximum(values, others).logsumexp(0) - torch.minimum(values, others).logsumexp(0)
+
+    def _outside(self, box: "_Box", nodes: torch.Tensor) -> torch.Tensor:
+        """Log of the integral around the box, as far as few nodes see it: ``(N,)`` nats."""
         around = box.surroundings()
         u = around.at(nodes)  # (G, N, d)
-        values = self(u).nan_to_num(nan=-torch.inf).masked_fill(box.holds(u), -torch.inf)
-        log_cell = around.log_volume - self.dim * math.log(self.num_nodes - 1)
-        return (values.logsumexp(0) + log_cell - log_total).exp().log1p()
+        values = _known(self(u)).masked_fill(box.holds(u), -torch.inf)
+        return values.logsumexp(0) + around.log_volume - self.dim * math.log(self.num_nodes - 1)
 
     def _box(self) -> "_Box":
         """What holds the mass: zoomed to it, then turned along its principal axes and zoomed again."""
@@ -173,7 +278,9 @@ class _Integrand:
 
     def _zoom(self, box: "_Box", nodes: torch.Tensor) -> tuple["_Box", torch.Tensor]:
         for _ in range(_ZOOMS):
-            values = self(box.at(nodes)).nan_to_num(nan=-torch.inf)  # (G, N)
+            values = self(box.at(nodes))  # (G, N)
+            lost = values.isnan().all(0)  # (N,)
+            values = _known(values)
             inside = (values >= values.amax(0) - _REACH)[..., None]  # (G, N, 1)
             low = nodes[:, None].masked_fill(~inside, torch.inf).amin(0)  # (N, d)
             high = nodes[:, None].masked_fill(~inside, -torch.inf).amax(0)
@@ -181,10 +288,9 @@ class _Integrand:
             step = 2 / (_COARSE[self.dim] - 1)
             low = torch.where(low <= -1, -3.0, low - step)
             high = torch.where(high >= 1, 3.0, high + step)
-            settled = ((low + 1).abs() < max(0.1, step)) & (
-                (high - 1).abs() < max(0.1, step)
-            )  # both ends, not the size
-            if bool(settled.all()):
+            # Both ends, not the size.
+            settled = ((low + 1).abs() < max(0.1, step)) & ((high - 1).abs() < max(0.1, step))
+            if bool((settled | lost[:, None]).all()):
                 break
             box = box.cut(low, high)
         return box, values
@@ -226,10 +332,14 @@ class _Box:
         mean = torch.einsum("gn,gj->nj", weights, nodes)
         centered = nodes[:, None] - mean  # (G, N, d)
         # Within its cell a node stands for a uniform density, whose variance is a twelfth of its square.
-        within = torch.eye(nodes.shape[1], dtype=nodes.dtype) * (nodes[1] - nodes[0]).amax() ** 2 / 12
-        covariance = torch.einsum("gn,gni,gnj->nij", weights, centered, centered) + within.to(nodes.device)
-        center = self.center + torch.einsum("nij,nj->ni", self.axes, mean)
-        return _Box(center, self.axes @ torch.linalg.cholesky(covariance) * 10.0)
+        within = torch.eye(nodes.shape[1], dtype=nodes.dtype, device=nodes.device)
+        within = within * (nodes[1] - nodes[0]).amax() ** 2 / 12
+        covariance = torch.einsum("gn,gni,gnj->nij", weights, centered, centered) + within
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        turned = _Box(self.center + torch.einsum("nij,nj->ni", self.axes, mean), self.axes @ factor * 10.0)
+        sound = (failed == 0) & turned.axes.isfinite().all(-1).all(-1)  # not where the weights are NaN
+        center = turned.center.where(sound[:, None], self.center)
+        return _Box(center, turned.axes.where(sound[:, None, None], self.axes))
 
 
 def _grid(num_nodes: int, dim: int, like: torch.Tensor) -> torch.Tensor:
@@ -238,10 +348,20 @@ def _grid(num_nodes: int, dim: int, like: torch.Tensor) -> torch.Tensor:
     return torch.cartesian_prod(*[line] * dim).reshape(-1, dim)
 
 
-def _check_plates(name: str, site: Any, plan: Plan) -> None:
+def _known(values: torch.Tensor) -> torch.Tensor:
+    """Log-densities with zero density in the place of NaN."""
+    return values.masked_fill(values.isnan(), -torch.inf)
+
+
+def _check_site(name: str, site: Any, plan: Plan) -> None:
     others = [f.name for f in vectorised_frames(site) if f.name != plan.model_layout.plate]
     if others:
         raise SupportError(
             f"latent site {name!r}: expected it inside the data plate only, got plates {others} around it. Declare "
             "their dimensions as the event, or estimate log p(x) with a guide."
         )
+    mask = mask_of(site)
+    if not bool(mask.all()):
+        got = f"{int((~mask).sum())} of {mask.numel()} masked"
+        cure = "A masked latent has no integral: unmask it, leave these data out, or estimate log p(x) with a guide."
+        raise SiteError(refuse(f"latent site {name!r}", "a density for every element", got, cure))

@@ -272,14 +272,17 @@ def check_reference(reference: Any) -> None:
 
 
 def concatenate(records: Sequence[LogMarginal]) -> LogMarginal:
-    """One record of data that were estimated piece by piece, with the provenance of the first."""
+    """One record of data that were estimated piece by piece, with the provenance of the first; no digest is of all."""
     first = records[0]
+    provenance = dict(first.provenance)
+    if len(records) > 1 and "sha256" in provenance:
+        provenance["sha256"] = {name: digest for name, digest in provenance["sha256"].items() if name != "data"}
     columns: dict[str, Any] = {
         f.name: torch.cat([getattr(r, f.name) for r in records]) for f in fields(first) if f.type is torch.Tensor
     }
     num_data = sum(r.provenance.get("num_data", len(r)) for r in records)
     status = np.concatenate([r.status for r in records])
-    return replace(first, **columns, status=status, provenance=first.provenance | {"num_data": num_data})
+    return replace(first, **columns, status=status, provenance=provenance | {"num_data": num_data})
 
 
 def exact_record(value: torch.Tensor, method: str, num_terms: int, provenance: dict[str, Any]) -> LogMarginal:

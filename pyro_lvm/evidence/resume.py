@@ -6,7 +6,6 @@ beside and then renamed, after the results are on disk. Whenever the process end
 pickle of objects: what is read runs no code.
 """
 
-import hashlib
 import math
 import os
 import time
@@ -22,18 +21,19 @@ import torch
 from pyro_lvm._checks import refuse
 from pyro_lvm._files import read_tensors, write_tensors
 from pyro_lvm._typing import Guide, Model
-from pyro_lvm.errors import CheckpointError
+from pyro_lvm.errors import CheckpointError, DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS, Columns
 from pyro_lvm.ops import STATUSES
-from pyro_lvm.tracing.batch import Rows
-from pyro_lvm.tracing.digest import add_values
+from pyro_lvm.tracing.batch import Batch, Rows
+from pyro_lvm.tracing.digest import DataDigest
 from pyro_lvm.tracing.isolation import evaluation_rng, generator_states, set_generators, validation
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan
 from pyro_lvm.tracing.weights import Proposal, weight_table
 
-__all__ = ["Checkpoint", "Progress", "fingerprint"]
+__all__ = ["Checkpoint", "Progress", "digest_of", "fingerprint"]
 
 _SECONDS = 1.0  # between two saves: what a killed process loses beside the chunk in progress
+_ROWS = 256  # data that are read at once for their digest
 _CLOSE = 1e-3  # relative difference that log-weights of one pair on one x may have between machines
 _SECRET = ("x", "parameters")  # digests, of which a message need not show the figures
 
@@ -65,12 +65,16 @@ class Checkpoint:
         expected: `fingerprint` of the call.
         columns: the results, which `load` fills and `save` writes.
         device: whose generator is kept beside that of the CPU.
+
+    Raises:
+        DataTypeError: ``path`` is no path.
+        CheckpointError: there is a file in its place.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], expected: Mapping[str, Any], columns: Columns, device: torch.device
     ) -> None:
-        self.path, self.expected, self.columns, self.device = Path(path), dict(expected), columns, device
+        self.path, self.expected, self.columns, self.device = _directory(path), dict(expected), columns, device
         self.resumed_at: list[int] = []
         self._latest: tuple[Progress, dict[str, Any]] | None = None
         self._saved, self._time = 0, time.monotonic()
@@ -83,12 +87,13 @@ class Checkpoint:
         """
         if not (self.path / "state.pt").exists():
             return None
-        with self._told():
+        kept = f"what log_marginal keeps in {self.path}", f"Delete {self.path} to begin anew."
+        with self._told(*kept):
             state = read_tensors(self.path / "state.pt", "kept estimate")
             progress = Progress(**state["progress"])
             found, generators, self.resumed_at[:] = state["fingerprint"], state["generators"], state["resumed_at"]
         self._check(found)
-        with self._told():
+        with self._told(*kept):
             table = torch.from_numpy(self._open("r+")[:, : progress.results])
         self.columns.read(table)
         self._saved = progress.results
@@ -98,15 +103,12 @@ class Checkpoint:
         return progress
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Whatever goes wrong in reading, say which files and what to do."""
+    def _told(self, expected: str, cure: str) -> Iterator[None]:
+        """Whatever goes wrong with its files, say what was expected and what to do."""
         try:
             yield
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            cure = f"Delete {self.path} to begin anew."
-            raise CheckpointError(
-                refuse("resume", f"what log_marginal keeps in {self.path}", repr(error), cure)
-            ) from error
+            raise CheckpointError(refuse("resume", expected, repr(error), cure)) from error
 
     def _check(self, found: Mapping[str, Any]) -> None:
         other = [name for name in self.expected | dict(found) if not _same(self.expected.get(name), found.get(name))]
@@ -123,10 +125,16 @@ class Checkpoint:
             self.save()
 
     def save(self) -> None:
-        """Write what is finished: first the results, then the state that counts them."""
-        if self._latest is None:
-            return
-        progress, generators = self._latest
+        """Write what is finished: first the results, then the state that counts them.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self._latest is not None:
+            with self._told(f"a directory {self.path} to write to", "Pass another path, or make room there."):
+                self._write(*self._latest)
+
+    def _write(self, progress: Progress, generators: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         table = self._open("r+" if self._saved else "w+")
         table[:, self._saved : progress.results] = self.columns.table(self._saved, progress.results).numpy()
@@ -145,27 +153,54 @@ class Checkpoint:
         return table
 
 
+def _directory(path: Any) -> Path:
+    """``path``, where there is a directory or room for one."""
+    if not isinstance(path, str | os.PathLike):
+        raise DataTypeError(refuse("resume", "the path of a directory, or None", repr(path), 'Pass e.g. "kept".'))
+    there = next((each for each in (Path(path), *Path(path).parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        cure = "Pass a path where there is a directory, or nothing yet."
+        raise CheckpointError(refuse("resume", "the path of a directory", f"{path}, where {there} is a file", cure))
+    return Path(path)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Whether two calls are one.
 
 
 def fingerprint(plan: Plan, model: Model, guide: Guide, source: Rows, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells calls apart: options, a digest of the parameters among them, and the first and last rows.
+    """What tells calls apart: options, a digest of the parameters among them, and one of all data.
 
-    Log-weights of these rows, of one draw with a seed of their own, see what has no name: a constant in a model's code.
+    Log-weights of the first and last rows, of one draw with a seed of their own, see what has no name: a constant in a
+    model's code.
     """
     last = len(source) - min(PROBE_ROWS, len(source))
     ends = (slice(0, len(source)),) if plan.tied else (slice(0, PROBE_ROWS), slice(last, len(source)))
-    log_weights, data = [], hashlib.sha256()
+    log_weights = []
     for rows in ends:
-        with evaluation_rng(0, [options["device"]]), validation(False):
+        with evaluation_rng(0), validation(False):
             batch = source.rows(rows)
             log_weights.append(float(weight_table(plan, model, Proposal(plan, guide, batch), 1).total.sum()))
-        add_values(data, ((str(i), argument) for i, argument in enumerate(batch.args)))
     found: dict[str, Any] = {name: str(value) for name, value in options.items()}
     found |= {"num_data": str(len(source)), "dtype": str(batch.args[0].dtype), "data_plate": plan.model_layout.plate}
     found |= {"particles": f"model {plan.model_mode}, guide {plan.guide_mode}", "log_weights": log_weights}
-    return found | {"x": data.hexdigest(), "statuses": ", ".join(STATUSES)}  # which are kept as their numbers
+    found["statuses"] = ", ".join(STATUSES)  # which are kept as their numbers
+    return found | {"x": digest_of(source).hexdigest()}
+
+
+def digest_of(source: Rows, dtype: torch.dtype | None = None, seed: int = 0) -> DataDigest:
+    """That of all data, read in pieces, with ``seed`` for those that are drawn anew; reals as ``dtype`` if given."""
+    digest = DataDigest()
+    with evaluation_rng(seed):
+        for start in range(0, len(source), _ROWS):
+            batch = source.rows(slice(start, min(start + _ROWS, len(source))))
+            digest.add(batch if dtype is None else _in_precision(batch, dtype))
+    return digest
+
+
+def _in_precision(batch: Batch, dtype: torch.dtype) -> Batch:
+    args = (a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in batch.args)
+    return Batch(tuple(args), batch.per_datum)
 
 
 def _same(one: Any, other: Any) -> bool:

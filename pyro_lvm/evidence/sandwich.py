@@ -169,15 +169,15 @@ def sandwich(
     chunks = check_chunks(chunks)
     given = data_source(x, args, data_args, device)
     program = prior_of_the_rest(model, given, data_plate) if guide is None else guide
-    devices = [device_of(given)]
-    with evaluation(model, program), torch.no_grad(), evaluation_rng(seed, devices):
+    device = device_of(given)
+    with evaluation(model, program), torch.no_grad(), evaluation_rng(seed):
         with validation(False):
             template = given.rows(slice(0, len(given)))
             trace, source = simulate(model, template, observed_arguments(model, template))
         plan, pair = look(model, program, source, data_plate, vectorize)
-        with evaluation_rng(0, devices), validation(False):
+        with evaluation_rng(0), validation(False):
             sizes = chunks or annealing_chunks(plan, model, program, source, num_particles)
-        columns = Columns(plan.model_layout.num_data(source), devices[0])
+        columns = Columns(plan.model_layout.num_data(source), device)
         job = _SandwichJob(
             plan,
             pair,
@@ -192,7 +192,7 @@ def sandwich(
         )
         with validation(False):
             job.run(progress)
-    provenance = {"seed": seed, "device": str(devices[0])} | job.provenance()
+    provenance = {"seed": seed, "device": str(device)} | job.provenance()
     return Sandwich(
         x=source.args[0] if columns.done == len(columns) else source.args[0][: columns.done],
         lower=columns["value"],

@@ -10,7 +10,6 @@ import torch
 from pyro_lvm._checks import check_program, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError
-from pyro_lvm.evidence.data import device_of
 from pyro_lvm.evidence.job import look
 from pyro_lvm.tracing.batch import Rows
 from pyro_lvm.tracing.captured_weights import Tables
@@ -81,7 +80,7 @@ def joined(
         digests = {member.name: pair["parameters"] for member, pair in looks}
         about = looks[0][1] | {"guide": [pair["guide"] for _, pair in looks], "parameters": digests}
         with eval_mode(*programs), validation(False):
-            with evaluation_rng(0, [device_of(source)]):
+            with evaluation_rng(0):
                 members = fit_together([member for member, _ in looks], source)
             first = members[0]
             yield Proposing(tuple(pairs), Tables(first.plan, first.model, first.guide), about, members)
@@ -113,7 +112,7 @@ def prior_of_the_rest(model: Model, source: Rows, data_plate: DataPlate) -> Guid
     """
     check_program("model", model)
     prior = finite_left_out(model)
-    with evaluation(model, prior), evaluation_rng(0, [device_of(source)]), torch.no_grad():
+    with evaluation(model, prior), evaluation_rng(0), torch.no_grad():
         check_prior(model, prior, source.rows(slice(0, len(source) if data_plate is None else 1)))
     return prior
 

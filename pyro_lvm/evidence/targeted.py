@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import refuse, shown, warn_caller
-from pyro_lvm.errors import BudgetError, DataTypeError, UnreliableEstimateWarning
+from pyro_lvm.errors import BudgetError, DataTypeError, ShapeError, UnreliableEstimateWarning
 from pyro_lvm.evidence.job import Job
 from pyro_lvm.ops import WeightAccumulator, WeightSummary
 from pyro_lvm.ops.allocation import PowerSums, on_grid, particles_needed
@@ -51,12 +51,20 @@ class TargetedJob(Job):
         needed: particles that each datum would take for it, ``(N,)``, of which it gets at most ``num_particles``.
         particles: what it got, ``(N,)``.
         spent: weights drawn by the pilot.
+
+    Raises:
+        ShapeError: one particle, whose weight has no variance.
     """
 
     target: float = field(kw_only=True)
     needed: torch.Tensor = field(init=False)
     particles: torch.Tensor = field(init=False)
     spent: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.num_particles < 2:
+            cure = "One weight has no variance: pass e.g. num_particles=1000, or leave target_stderr out."
+            raise ShapeError(refuse("num_particles", "2 or more together with target_stderr", self.num_particles, cure))
 
     def run(self, progress: bool | None) -> None:
         """A pilot of all data, then all data anew; of these, what is finished when Ctrl-C comes stays."""

@@ -66,7 +66,7 @@ def log_prob(
     batch = make_batch(data_tensor("x", x), args, data_args)
     tensors = _tensors(values)
     with evaluation(guide, None), validation(False):
-        with evaluation_rng(0, [batch.args[0].device]), torch.no_grad():
+        with evaluation_rng(0), torch.no_grad():
             trace = run(guide, batch.args)
         _check_sites(trace, tensors)
         layout = _layout(trace, len(batch), data_plate)

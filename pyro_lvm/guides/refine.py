@@ -148,16 +148,15 @@ def refine(
         raise DataTypeError(refuse("learning_rate", "a number above 0", repr(learning_rate), "None chooses one."))
     learning_rate = learning_rate or {"own": 0.1, "flow": 0.02}[family]
     batch = make_batch(data_tensor("x", x), args, data_args).to(device)
-    devices = [batch.args[0].device]
     if torch.is_inference_mode_enabled():
         raise DataTypeError(refuse("refine", "gradients", "torch.inference_mode()", "Call it outside."))
     with evaluation(model, guide), torch.enable_grad():
-        with evaluation_rng(0, devices):
+        with evaluation_rng(0):
             plan = probe_pair(model, guide, batch, data_plate, vectorize)
             with torch.no_grad(), validation(False):
                 check_data(plan, model, guide, batch)
         params = current_params()
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             local = _Local(guide, batch, family, plan.model_layout.dim)
             search = _Search(plan, model, local, batch, num_draws)
             start, before = search.ascend(num_steps, learning_rate, progress)
@@ -301,7 +300,7 @@ class _Search:
         self.local.leaves.restore(values)
         device = self.batch.args[0].device
         size = self.plan.chunk_sizes(len(self.batch), _NUM_CHECKED, device)[1]
-        with torch.no_grad(), evaluation_rng(seed, [device]):
+        with torch.no_grad(), evaluation_rng(seed):
             proposal = Proposal(self.plan, self.local, self.batch)
             sizes = [min(size, _NUM_CHECKED - done) for done in range(0, _NUM_CHECKED, size)]
             return torch.cat([weight_table(self.plan, self.model, proposal, now).total for now in sizes])

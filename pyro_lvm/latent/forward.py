@@ -51,7 +51,7 @@ def decode(
     check_program("model", model)
     batch = make_batch(data_tensor("x", x), args)
     with evaluation(model, None), torch.no_grad(), validation(False):
-        with evaluation_rng(0, [batch.args[0].device]):
+        with evaluation_rng(0):
             trace = run(model, batch.args)
             values, name = _given(trace, latents), observed_site(trace, site)
             rows = template(batch, len(next(iter(values.values()))))
@@ -121,13 +121,12 @@ def reconstruct(
     num_draws = check_positive_int("num_draws", num_draws)
     guide = guide or empty_guide
     batch = make_batch(data_tensor("x", x), args)
-    devices = [batch.args[0].device]
     with evaluation(model, guide), torch.no_grad():
-        with evaluation_rng(0, devices):
+        with evaluation_rng(0):
             plan = probe_pair(model, guide, batch, data_plate)
             name = observed_site(run(model, batch.args), site)
         total: Any = 0.0
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             for _ in range(num_draws):
                 values = {n: s["value"] for n, s in run(guide, batch.args).items() if is_latent(s)}
                 values |= summed_out_values(plan, model, batch, values)
@@ -178,7 +177,7 @@ def sample(
         evaluation(model, None),
         torch.no_grad(),
         validation(False),
-        evaluation_rng(seed, [batch.args[0].device]),
+        evaluation_rng(seed),
     ):
         trace = forward(model, batch)
     return {name: site["value"] for name, site in trace.items() if site["type"] == "sample" and has_values(site)}

@@ -8,7 +8,7 @@ from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.errors import PlateError
 from pyro_lvm.evidence import Expectation
-from pyro_lvm.evidence.expectation import Values, estimate
+from pyro_lvm.evidence.expectation import Values, estimate, per_result
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.classes import class_table, classes
@@ -53,7 +53,7 @@ def encode(
         progress: show a bar.
 
     Returns:
-        `Expectation` with values ``(N, *event)``.
+        `Expectation` with values ``(N, *event)``; with ``data_plate=None`` ``(1, *plates, *event)``.
 
     Raises:
         SiteError: ``site`` is none that the guide draws, or None and there are several.
@@ -67,8 +67,9 @@ def encode(
     """
 
     def values(tables: Tables, _: Rows) -> Values:
-        name = one_of(site, tables.plan.match.sampled, "latent sites that the guide draws")
-        return lambda batch, k, draws: draws[name].per_datum(tables.plan.model_layout)
+        plan = tables.plan
+        name = one_of(site, plan.match.sampled, "latent sites that the guide draws")
+        return lambda batch, k, draws: per_result(draws[name].per_datum(plan.model_layout), plan)
 
     return estimate(
         model, guide, x, args, values, num_particles, data_plate, data_args, vectorize, chunks, seed, device, progress

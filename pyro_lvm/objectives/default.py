@@ -47,7 +47,7 @@ def model_and_loss(program: Program, owner: Program, model: Trace, guide: Trace,
     unobserved = [n for n, s in model.items() if is_latent(s) and n not in guide and is_unobserved(n)]
     if unobserved and not isinstance(loss, ImportanceWeightedELBO):  # whose log-weights leave these sites out
         # The half of an obs_mask that is not there: drawn from the model, it cancels.
-        program = without(program, unobserved)
+        program = without(program, unobserved.__contains__)
     if loss is not None:
         return program, loss
     seen = {n: s for n, s in model.items() if n not in unobserved}

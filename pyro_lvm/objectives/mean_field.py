@@ -111,8 +111,7 @@ def analytic_kl(model: Model, guide: Guide | None, x: TensorLike, *args: Any) ->
     """
     batch = make_batch(data_tensor("x", x), args)
     guide = guide or empty_guide
-    devices = [batch.args[0].device]
-    with own_store(model, guide), eval_mode(model, guide), evaluation_rng(0, devices), torch.enable_grad():
+    with own_store(model, guide), eval_mode(model, guide), evaluation_rng(0), torch.enable_grad():
         return _look(model, guide, run_or_explain(model, guide, batch))
 
 

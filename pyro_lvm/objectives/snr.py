@@ -98,16 +98,15 @@ def gradient_snr(
     num_particles = check_positive_int("num_particles", num_particles, minimum=2)
     batch = make_batch(data_tensor("x", x), args)
     guide = guide or empty_guide
-    devices = [batch.args[0].device]
     with evaluation(model, guide), torch.enable_grad():
-        with evaluation_rng(0, devices):
+        with evaluation_rng(0):
             names = parameter_names(model, guide, *batch.args)
             program, objective = program_and_loss(model, guide, batch, loss)
         leaves = {n: t for n, (t, _) in current_params().items() if n in names[0] | names[1] and t.requires_grad}
         if not leaves:
             cure = "Declare one by pyro.param, pyro.module or a PyroModule."
             raise ParameterError(refuse("model, guide", "a parameter with a gradient", "none", cure))
-        with evaluation_rng(seed, devices), gradients_put_aside(model, guide, objective):
+        with evaluation_rng(seed), gradients_put_aside(model, guide, objective):
             values, moments = gradient_moments(objective, program, guide, batch, leaves, num_repeats)
     eps = max(torch.finfo(leaf.dtype).eps for leaf in leaves.values())
     rounding = _NOISE_FACTOR * eps * max(1.0, float(values.mean.abs()))

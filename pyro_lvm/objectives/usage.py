@@ -92,9 +92,8 @@ def latent_usage(
     num_particles = check_positive_int("num_particles", num_particles, minimum=2)  # one has no variance
     batch = make_batch(data_tensor("x", x), args)
     guide = guide or empty_guide
-    devices = [batch.args[0].device]
     with evaluation(model, guide), torch.no_grad():
-        with evaluation_rng(0, devices):
+        with evaluation_rng(0):
             pair = run_or_explain(model, guide, batch)
             names = [n for n, s in pair.model.items() if is_latent(s) and n in pair.guide]
             dims = _data_dims(pair, names, data_plate)
@@ -103,7 +102,7 @@ def latent_usage(
                 forms = closed_forms(model, guide, pair, names)
                 blind = _given(model, pair, lacking) if names and lacking else set()
         exact = {n for n, (kl, fault) in forms.items() if kl is not None and not fault}
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             count = 1 if _reads_no_draw(pair, names, exact) else num_particles
             means, terms = _run_particles(model, guide, pair, dims, exact, count)
     for name in blind:

@@ -89,8 +89,8 @@ def particles_needed(seen: PowerSums, target: float) -> torch.Tensor:
         target: Wanted standard error in nats.
 
     Returns:
-        Not rounded, ``(N,)``: infinite where no weight is above zero, 0 where one is NaN or infinite, which no number
-        of particles cures.
+        Not rounded, ``(N,)``: infinite where no weight is above zero or fewer than two were seen, 0 where one is NaN or
+        infinite, which no number of particles cures.
 
     Example:
         >>> sums = PowerSums(1)
@@ -99,7 +99,7 @@ def particles_needed(seen: PowerSums, target: float) -> torch.Tensor:
         170.0
     """
     needed = _FACTOR * (seen.relative_variance + _ERRORS * seen.relative_variance_stderr) / target**2
-    needed = needed.masked_fill(seen.shift.isneginf(), math.inf)
+    needed = needed.masked_fill(seen.shift.isneginf() | (seen.count < 2), math.inf)
     return needed.masked_fill(seen.shift.isnan() | seen.shift.isposinf(), 0.0)
 
 

@@ -175,7 +175,7 @@ def _axis(name: str, guide: Trace, model: Trace, layout: Layout) -> Axis:
     if not is_delta(site):
         return make_axis(name, site, _transform(name, support(site["fn"])), layout)
     if name + UNCONSTRAINED not in guide:
-        cure = "Sample it from a distribution with a log_prob."
+        cure = "Sample it from a distribution with a log_prob; of AutoGuides use AutoNormal, which has a site for each."
         raise SiteError(refuse(f"guide site {name!r}", "a density", "a Delta, made of draws from elsewhere", cure))
     transform = _transform(name, support(model[name]["fn"]))
     axis = make_axis(name, site, transform, layout, name + UNCONSTRAINED)

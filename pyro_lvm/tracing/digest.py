@@ -58,7 +58,7 @@ def parameter_digest(model: Model, guide: Guide | None, batch: Batch | None) -> 
     """Of the state of its modules, and where there is a guide of the parameters that a run on ``batch`` uses."""
     sites: list[tuple[str, torch.Tensor]] = []
     if guide is not None and batch is not None:
-        with evaluation_rng(0, [batch.args[0].device]), validation(False), torch.no_grad():
+        with evaluation_rng(0), validation(False), torch.no_grad():
             run = run_pair(model, guide, batch)
         sites = [(n, s["value"]) for t in (run.model, run.guide) for n, s in t.items() if s["type"] == "param"]
     owners = [owner for owner in map(anchor, (model, guide)) if isinstance(owner, torch.nn.Module)]

@@ -171,9 +171,9 @@ def scaled_plate(program: Callable[..., Any], plate: str, factor: float) -> Call
     return scaled
 
 
-def without(program: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """``program`` with the sites ``names`` hidden: drawn as before, and seen by nobody."""
-    return poutine.block(program, hide=list(names))
+def without(program: Callable[..., Any], hidden: Callable[[str], bool]) -> Callable[..., Any]:
+    """``program`` without the sites of which ``hidden(name)`` says so: drawn as before, and seen by nobody."""
+    return poutine.block(program, hide_fn=lambda msg: hidden(str(msg["name"])))
 
 
 def run(  # noqa: PLR0913

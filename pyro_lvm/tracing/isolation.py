@@ -29,7 +29,7 @@ __all__ = [
 
 
 @contextmanager
-def forked_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+def forked_rng(seed: int | None) -> Iterator[None]:
     """Seed torch, NumPy and Python inside, and restore their states afterwards; with ``seed=None`` do nothing.
 
     Of torch these are the generators of the CPU and, once CUDA is in use, of all its devices.
@@ -54,14 +54,14 @@ def forked_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> Iterat
             np.random.set_state(numpy)  # noqa: NPY002
 
 
-def evaluation_rng(seed: int | None, devices: Sequence[torch.device] = ()) -> AbstractContextManager[None]:
+def evaluation_rng(seed: int | None) -> AbstractContextManager[None]:
     """`forked_rng` with a stream of its own for each seed.
 
     A script that makes its data after ``torch.manual_seed(0)`` and estimates with ``seed=0`` must not draw latents that
     are the noise in the data.
     """
     seed = check_seed(seed)
-    return forked_rng(None if seed is None else (seed * 0x9E3779B1 + 0x7F4A7C15) % 2**32, devices)
+    return forked_rng(None if seed is None else (seed * 0x9E3779B1 + 0x7F4A7C15) % 2**32)
 
 
 def generator_states(devices: Sequence[torch.device] = ()) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _observed(trace: Trace) -> list[str]:
 
 def _layout(joint: Layout, model: Model, batch: Batch) -> Layout:
     """That of the one plate which holds every observed site, if there is one of the size of x."""
-    with evaluation_rng(0, [batch.args[0].device]):
+    with evaluation_rng(0):
         trace = run(model, batch.args)
     frames = [{f.name: f for f in trace[n]["cond_indep_stack"] if f.size == len(batch)} for n in _observed(trace)]
     shared = [name for name in (frames[0] if frames else {}) if all(name in each for each in frames)]

@@ -38,7 +38,7 @@ def pair_at(model: Model, guide: Guide, x: TensorLike, *args: Any) -> Iterator["
     if len(batch) != 1:
         cure = "Each datum has a posterior of its own: pass one row, x[i:i+1], and the same row of other arguments."
         raise ShapeError(refuse("x", "one datum, shape (1, ...)", tuple(batch.args[0].shape), cure))
-    with evaluation(model, guide), torch.no_grad(), evaluation_rng(0, [batch.args[0].device]):
+    with evaluation(model, guide), torch.no_grad(), evaluation_rng(0):
         plan = probe_pair(model, guide, batch)
         with validation(False):
             check_data(plan, model, guide, batch)

@@ -158,8 +158,7 @@ def check_spread(names: Sequence[str], guide: Trace) -> None:
             mean, stddev = fn.mean, fn.stddev
         except (NotImplementedError, AttributeError):  # it has none in closed form
             continue
-        mask = mask_of(guide[name])
-        mask = mask.reshape((*mask.shape, *(1,) * fn.event_dim))
+        mask = mask_of(guide[name])[(..., *[None] * fn.event_dim)]
         lost = (stddev < mean.abs() * torch.finfo(mean.dtype).eps / 2) & mask
         if bool(lost.any()):
             got = f"a standard deviation of {float(stddev[lost][0]):.1g} at {float(mean[lost][0]):.3g}"
@@ -237,7 +236,7 @@ def _check_guide_sites(model: Trace, latents: dict[str, Site], guide: Trace, pro
     for name, site in guide.items():
         if is_observed(site) and not isinstance(base_distribution(site["fn"]), Unit):
             raise SiteError(
-                f"guide site {name!r}: expected no observed site, got obs=. Observe data in the model only.",
+                f"guide site {name!r}: expected no observed site, got obs=. Observe data in the model only; or are the two programs swapped?",
                 finding="observed-in-guide",
             )
         if not is_latent(site) or name in latents or name in auxiliary:

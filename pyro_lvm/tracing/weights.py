@@ -10,11 +10,11 @@ from pyro_lvm._checks import check_positive_int, data_tensor, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import SiteError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
-from pyro_lvm.tracing.intercept import Values, is_latent, run
+from pyro_lvm.tracing.intercept import Site, Values, bounds, is_latent, run, support
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
 from pyro_lvm.tracing.particles import Draws, Latent, Runner, draw_from
-from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair
+from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair, run_pair
 from pyro_lvm.tracing.sites import guide_sites, outside_data, outside_error
 from pyro_lvm.tracing.tables import Table
 
@@ -115,7 +115,10 @@ def check_scores(proposal: Proposal, given: Callable[[Draws], Draws]) -> None:
     except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
         cause = error
     got = "another one at its own draws given again" if cause is None else repr(cause)
-    cure = "Sample latents by pyro.sample from distributions with a log_prob; a flow needs an inverse."
+    cure = (
+        "Sample latents by pyro.sample from distributions with a log_prob; a flow needs an inverse. Of AutoGuides use "
+        "AutoNormal: others draw all latents as one site, whose density at the draws of others is not known."
+    )
     raise SiteError(refuse("guide", "a density log q(z | x) at any draws", got, cure)) from cause
 
 
@@ -127,16 +130,25 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
     """
     if not plan.bounded_data:
         return
-    with evaluation_rng(0, [batch.args[0].device]):
-        values = {n: s["value"] for n, s in run(guide, batch.args).items() if is_latent(s)}
-        trace = run(model, batch.args, values=values)
-    for name, outside in outside_data(trace).items():
+    with evaluation_rng(0):
+        trace = run_pair(model, guide, batch).model
+        found = outside_data(trace)
+        other = run_pair(model, guide, batch).model if found else trace
+    for name, outside in found.items():
         site, dim = trace[name], plan.model_layout.dim
+        if _support_moves(site, other[name]):  # then it is latents that are out of place, and weigh nothing
+            continue
         where = ""
         if dim is not None and outside.dim() >= -dim:
             rows = outside.nonzero()[:, dim].unique()
             where = f" ({len(rows)} of {len(batch)} data, the first of them row {first_row + int(rows[0])})"
         raise outside_error(site, where)
+
+
+def _support_moves(one: Site, other: Site) -> bool:
+    """Whether the support of a site is another where latents are."""
+    ends, others = (bounds(support(site["fn"])) or () for site in (one, other))
+    return any(not torch.equal(*map(torch.as_tensor, pair)) for pair in zip(ends, others, strict=True))
 
 
 @contextmanager
@@ -195,13 +207,12 @@ def log_weights(
     num_particles = check_positive_int("num_particles", num_particles)
     batch = make_batch(data_tensor("x", x), args, data_args).to(device)
     guide = guide or empty_guide
-    devices = [batch.args[0].device]
     with evaluation(model, guide):
-        with evaluation_rng(0, devices):
+        with evaluation_rng(0):
             plan = probe_pair(model, guide, batch, data_plate, vectorize)
             with torch.no_grad(), validation(False):
                 check_data(plan, model, guide, batch)
-        with evaluation_rng(seed, devices), validation(False):
+        with evaluation_rng(seed), validation(False):
             return weight_table(plan, model, Proposal(plan, guide, batch), num_particles).total
 
 

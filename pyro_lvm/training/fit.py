@@ -139,8 +139,10 @@ def fit(
     target = check_device(device)
     batches = make_batches(data, batch_size, target)
     devices = _cuda_devices(target, data, model, guide)
+    if devices:
+        torch.cuda.init()  # so that their generators are seeded
 
-    with forked_rng(seed, devices), warnings.catch_warnings():
+    with forked_rng(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NAN_WARNING, category=UserWarning)
         engine = Engine(_unwrapped(model), _unwrapped(guide), batches, update, _sequence(callbacks), devices)
         engine.fingerprint = {"seed": seed, "update": update, "loss": type(loss).__name__, "data": batches.digest}

@@ -111,8 +111,9 @@ def final_loss(result: FitResult) -> float:
 def _run(train: Callable[[int], FitResult], seed: int) -> FitResult:
     """One run over the current store, which is as before afterwards."""
     over_current_store = Fitted(train, {})
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    with forked_rng(seed, devices):
+    if torch.cuda.is_available():
+        torch.cuda.init()  # so that its generators are seeded
+    with forked_rng(seed):
         result = over_current_store(seed)
     if not isinstance(result, FitResult):
         cure = "Let the function end with `return fit(...)`."

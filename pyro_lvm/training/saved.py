@@ -104,7 +104,7 @@ def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: Tensor
 
     def look() -> tuple[set[str], set[str]]:
         with (
-            evaluation_rng(0, [batch[0].device]),
+            evaluation_rng(0),
             eval_mode(model, guide),
             validation(False),
             called_modules(model, guide) as found,

@@ -106,7 +106,7 @@ def test_values_that_led_to_the_choice_are_not_kept(monkeypatch):
     assert 100 < kept.sum() < 900
     rest = pooled(program, [wide] * 2, x[~kept], seed=9)
     annealed_ones = dataclasses.replace(rest, provenance=rest.provenance | {"annealing": {}})
-    monkeypatch.setattr(module, "run_annealed", lambda *args: annealed_ones)
+    monkeypatch.setattr(module, "run_annealed", lambda *_, **__: annealed_ones)
     found = defensive(program, [wide] * 2, x, num_particles=100, seed=0)
     truth, first = dist.Normal(0.0, 1.0).log_prob(x[0]), pooled(program, [wide] * 2, x, num_particles=100, seed=0)
     for record, low in ((first, True), (found, False)):
@@ -174,7 +174,7 @@ def test_one_warning_and_that_of_the_end():
 def test_ctrl_c_keeps_what_is_pooled(monkeypatch):
     first = pooled(model, [guide, None], X, *ARGS, num_particles=200, seed=3)
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "run_annealed", interrupted)
@@ -186,8 +186,8 @@ def test_ctrl_c_in_the_middle_of_annealing(monkeypatch):
     """Of three data in doubt one was finished."""
     run = module.run_annealed
 
-    def some(*args):
-        record = run(*args)
+    def some(*args, **options):
+        record = run(*args, **options)
         columns = {f.name: getattr(record, f.name)[:1] for f in dataclasses.fields(record) if f.type is torch.Tensor}
         provenance = record.provenance | {"finished": False}
         return dataclasses.replace(record, **columns, status=record.status[:1], provenance=provenance)

@@ -10,9 +10,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_lvm.errors import CheckpointError
+from pyro_lvm.errors import CheckpointError, DataTypeError
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.columns import COLUMNS
 from tests.references import ORACLES, data, normal_guide, normal_model, plain
@@ -206,6 +206,8 @@ def test_another_call_is_refused_with_what_differs(tmp_path: Path) -> None:
     importance(normal_model, normal_guide, x, seed=1, resume=tmp_path, num_particles=60)
     changed = x.clone()
     changed[-1] += 1
+    middle = x.clone()
+    middle[5] += 1
     others: list[tuple[str, Any, Any, dict[str, Any]]] = [
         (r"num_particles \(60 there, 50 here\)", normal_model, x, {"num_particles": 50}),
         (r"seed \(1 there, None here\)", normal_model, x, {"seed": None}),
@@ -213,6 +215,7 @@ def test_another_call_is_refused_with_what_differs(tmp_path: Path) -> None:
         (r"num_data \(10 there, 8 here\)", normal_model, x[:8], {}),
         (r"dtype \(torch.float64 there, torch.float32 here\)", normal_model, x.float(), {}),
         (r"differs in .*\bx\b", normal_model, changed, {}),
+        (r"differs in x\.", normal_model, middle, {}),
         (r"model \(normal_model there, lambda_model here\)", lambda_model, x, {}),
         (r"model_dtype \(None there, torch.bfloat16 here\)", normal_model, x, {"model_dtype": torch.bfloat16}),
         (r"data_plate", normal_model, x, {"data_plate": None}),
@@ -222,6 +225,35 @@ def test_another_call_is_refused_with_what_differs(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as caught:
             importance(model, normal_guide, given, resume=tmp_path, **{"num_particles": 60, "seed": 1} | options)
         assert f"delete {tmp_path}" in str(caught.value)
+
+
+def test_a_change_of_what_is_not_done_yet_is_seen(tmp_path: Path) -> None:
+    x = data(10)
+    importance(Stops(x, 4, KeyboardInterrupt()), guide, x, seed=1, resume=tmp_path, **OPTIONS)
+    changed = x.clone()
+    changed[6] += 1
+    with pytest.raises(CheckpointError, match=r"differs in x\."):
+        importance(model, guide, changed, seed=1, resume=tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize("wrap", [torch.Tensor.numpy, TensorDataset, lambda x: DataLoader(TensorDataset(x), 3)])
+def test_the_same_data_in_another_form_go_on(tmp_path: Path, wrap: Callable[[torch.Tensor], Any]) -> None:
+    x = data(600)
+    first = importance(normal_model, normal_guide, x, seed=1, resume=tmp_path)
+    assert importance(normal_model, normal_guide, wrap(x), seed=1, resume=tmp_path).value.equal(first.value)
+
+
+def test_data_are_compared_in_pieces(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    class Sized(TensorDataset):
+        def __getitems__(self, numbers: list[int]) -> list[tuple[torch.Tensor, ...]]:
+            sizes.append(len(numbers))
+            return [self[i] for i in numbers]
+
+    for _ in range(2):
+        importance(normal_model, normal_guide, Sized(data(600)), seed=1, chunks=(50, 10), resume=tmp_path)
+    assert max(sizes) <= 256
 
 
 def lambda_model(x: torch.Tensor) -> None:
@@ -263,6 +295,29 @@ def test_a_parameter_of_another_pair_may_change(tmp_path: Path) -> None:
     first = importance(model, guide, x, seed=1, resume=tmp_path)
     pyro.get_param_store()["other"] = torch.ones(2)
     assert importance(model, guide, x, seed=1, resume=tmp_path).value.equal(first.value)
+
+
+@pytest.mark.parametrize("path", [3, True, b"kept"], ids=repr)
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(DataTypeError, match=r"resume: expected the path of a directory, or None, got "):
+        importance(normal_model, normal_guide, data(4), resume=path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/kept"])
+def test_a_file_in_the_place_of_the_directory(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(CheckpointError, match=rf"resume: expected the path of a directory.*{tmp_path}/file is a file"):
+        importance(normal_model, normal_guide, data(4), resume=tmp_path / name)
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pyro_lvm.evidence.resume.write_tensors", full)
+    with pytest.raises(CheckpointError, match=r"resume: expected a directory .* to write to, got .*no space left"):
+        importance(normal_model, normal_guide, data(4), resume=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "columns.npy"])

@@ -12,12 +12,13 @@ import torch
 from torch.utils.data import TensorDataset
 
 import pyro_lvm as lvm
-from pyro_lvm.errors import BudgetError, DataTypeError, SupportError, UnreliableEstimateWarning
+from pyro_lvm.errors import BudgetError, DataTypeError, ShapeError, SupportError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.record import concatenate
 from pyro_lvm.evidence.targeted import TargetedJob
 from pyro_lvm.models import LinearGaussian
 from pyro_lvm.ops import khat_threshold
+from pyro_lvm.ops.allocation import PowerSums, particles_needed
 from pyro_lvm.tracing import captured_weights
 from tests.references import ENUMERATED, ORACLES, Pair, lognormal, plain
 
@@ -292,6 +293,18 @@ def test_weights_of_zero_take_what_there_is() -> None:
 def test_targets_that_are_none(target: Any) -> None:
     with pytest.raises(DataTypeError, match="target_stderr: expected a positive number or None"):
         estimate(plain(3), target_stderr=target)
+
+
+def test_one_particle_has_no_variance() -> None:
+    with pytest.raises(ShapeError, match=r"num_particles: expected 2 or more together with target_stderr, got 1\."):
+        estimate(plain(3), num_particles=1)
+    assert estimate(plain(3), num_particles=2).particles.tolist() == [2.0] * 3
+
+
+def test_one_weight_asks_for_no_number() -> None:
+    sums = PowerSums(1)
+    sums.update(torch.zeros(1, 1))
+    assert particles_needed(sums, 0.1).tolist() == [math.inf]
 
 
 def test_resuming_is_refused(tmp_path: Path) -> None:

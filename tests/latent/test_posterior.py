@@ -148,6 +148,19 @@ def test_encode_is_the_posterior_mean():
         assert ((found.value - linear.posterior(x).mean).abs() < 5 * found.stderr).all()
 
 
+def test_encode_of_a_joint_result():
+    """One result that holds the latents of all data, as `expectation` of z has it."""
+    linear = LinearGaussian(2, 5)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    found = encode(linear, linear.posterior_guide, x, data_plate=None, num_particles=500, seed=0)
+    same = lvm.expectation(linear, linear.posterior_guide, x, lambda z: z, data_plate=None, num_particles=500, seed=0)
+    assert found.value.shape == (1, 4, 2)
+    assert found.value.equal(same.value)
+    assert found.stderr.equal(same.stderr)
+    with torch.no_grad():
+        assert ((found.value[0] - linear.posterior(x).mean).abs() < 5 * found.stderr[0]).all()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
