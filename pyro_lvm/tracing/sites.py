@@ -236,7 +236,7 @@ def _check_guide_sites(model: Trace, latents: dict[str, Site], guide: Trace, pro
     for name, site in guide.items():
         if is_observed(site) and not isinstance(base_distribution(site["fn"]), Unit):
             raise SiteError(
-                f"guide site {name!r}: expected no observed site, got obs=. Observe data in the model only; or are the two programs swapped?",
+                f"guide site {name!r}: expected no observed site, got obs=. Data belong to the model: swapped?",
                 finding="observed-in-guide",
             )
         if not is_latent(site) or name in latents or name in auxiliary:
