@@ -60,6 +60,7 @@ RECOMMENDED = "defensive"
 ANNEALED = ("annealed from the guide", "annealed from the prior", "annealed from both")
 EXPENSIVE = (*ANNEALED, RECOMMENDED)
 TARGET, BUDGET = 0.05, 100_000
+UNIFORM = (1000, 2000, 4000, 8000, 16_000, 32_000)
 WITHOUT_SEED = ("enumeration", "quadrature")
 
 
@@ -144,6 +145,8 @@ def answer(record: lvm.LogMarginal, seconds: float) -> Answer:
 def made_of(found: Found, pairs: Sequence[ProvingPair], settings: Settings) -> dict[str, Any]:
     """The report of all that was found, and of what takes no time."""
     known = {name for name, _, _ in found}
+    wanted = {pair.name: promised(pair) for pair in pairs}
+    right = [(pair, answer) for pair in pairs if not pair.misled and (answer := wanted[pair.name])]
     procedures = {name: of_estimator(found, name) for name in ESTIMATORS if name in known}
     return {
         "versions": {"pyro_lvm": lvm.__version__, "pyro": pyro.__version__, "torch": torch.__version__},
@@ -155,7 +158,8 @@ def made_of(found: Found, pairs: Sequence[ProvingPair], settings: Settings) -> d
         "where the guide fails": rescued(found, pairs) if {*ANNEALED, "importance"} <= known else [],
         "modes": [row for pair in pairs if pair.guides for row in one_mode(pair)],
         "expectation": [row for pair in pairs if pair.mean is not None for row in moments(pair)],
-        "target_stderr": [targeted(pair) for pair in pairs],
+        "target_stderr": [targeted(pair, wanted[pair.name]) for pair in pairs],
+        "one K": one_for_all(right) if right else [],
     }
 
 
@@ -267,25 +271,54 @@ def moments(pair: ProvingPair) -> list[dict[str, Any]]:
     return rows
 
 
-def targeted(pair: ProvingPair) -> dict[str, Any]:
-    """What `target_stderr` takes of all data, and gives to those within the budget that are not alarmed."""
-    row: dict[str, Any] = {"pair": pair.name, "data": len(pair.x), "promised": 0}
+def promised(pair: ProvingPair) -> tuple[lvm.LogMarginal, np.ndarray] | None:
+    """The answer with a wanted error, and which data are within the budget and not alarmed; None if there are none."""
     try:
         found = evidence.importance(pair.model, pair.guide, pair.x, num_particles=BUDGET, target_stderr=TARGET, seed=0)
     except lvm.BudgetError:
+        return None
+    kept = ~np.isin(found.status, DOUBTFUL) & (found.particles < BUDGET).numpy() & (found.stderr > 0).numpy()
+    return (found, kept) if "target_stderr" in found.provenance and kept.any() else None
+
+
+def targeted(pair: ProvingPair, answer: tuple[lvm.LogMarginal, np.ndarray] | None) -> dict[str, Any]:
+    """What `target_stderr` takes of all data, and gives to those within the budget that are not alarmed."""
+    row: dict[str, Any] = {"pair": pair.name, "data": len(pair.x), "promised": 0}
+    if answer is None:
         return row
-    spent, stated, particles = found.provenance.get("target_stderr"), found.stderr.numpy(), found.particles.numpy()
-    promised = ~np.isin(found.status, DOUBTFUL) & (particles < BUDGET) & (stated > 0)
-    if not spent or not promised.any():
-        return row
-    error = (found.value - pair.log_prob).numpy()[promised]
+    found, kept = answer
+    error, spent = (found.value - pair.log_prob).numpy()[kept], found.provenance["target_stderr"]
     return row | {
-        "promised": int(promised.sum()),
-        "met": float((stated[promised] <= TARGET).mean()),
+        "promised": int(kept.sum()),
+        "met": float((found.stderr.numpy()[kept] <= TARGET).mean()),
         "rms error": float(np.sqrt(np.square(error).mean())),
         "largest error": float(abs(error).max()),
         "particles": (spent["pilot"] + spent["final"]) / len(pair.x),
     }
+
+
+def one_for_all(answers: Sequence[tuple[ProvingPair, tuple[lvm.LogMarginal, np.ndarray]]]) -> list[dict[str, Any]]:
+    """`target_stderr` and one K for the same data of all pairs: stated errors, and particles a datum."""
+    particles = [
+        (found.particles.numpy() + found.provenance["target_stderr"]["pilot"] / len(pair.x))[kept]
+        for pair, (found, kept) in answers
+    ]
+    rows = [
+        stated([found.stderr.numpy()[kept] for _, (found, kept) in answers], float(np.concatenate(particles).mean()))
+    ]
+    rows[0]["by"] = "target_stderr"
+    for size in UNIFORM:
+        alone = [evidence.importance(p.model, p.guide, p.x, num_particles=size, seed=1).stderr for p, _ in answers]
+        rows.append(stated([each.numpy()[kept] for each, (_, (_, kept)) in zip(alone, answers, strict=True)], size))
+        rows[-1]["by"] = f"K = {size}"
+    return rows
+
+
+def stated(errors: Sequence[np.ndarray], particles: float) -> dict[str, Any]:
+    """How many of these errors are as wanted."""
+    each = np.concatenate(errors)
+    met, largest = float((each <= TARGET).mean()), float(each.max())
+    return {"data": len(each), "particles": particles, "met": met, "largest": largest}
 
 
 def rounded(value: Any) -> Any:

@@ -159,6 +159,14 @@ def target_stderr(report: Report) -> TextTable:
     return TextTable(header, tuple(lines))
 
 
+def one_number(report: Report) -> TextTable:
+    """A wanted error beside one K for all data."""
+    lines = [
+        (row["by"], count(row["particles"]), percent(row["met"]), f"{row['largest']:.3f}") for row in report["one K"]
+    ]
+    return TextTable(("by", "thousand particles", "stated error within", "largest"), tuple(lines))
+
+
 #: Name of a table in the documentation -> what makes it.
 TABLES: dict[str, Callable[[Report], TextTable]] = {
     "scores": scores,
@@ -168,6 +176,7 @@ TABLES: dict[str, Callable[[Report], TextTable]] = {
     "rescued": rescued,
     "expectation": expectation,
     "target_stderr": target_stderr,
+    "one_number": one_number,
 }
 
 
