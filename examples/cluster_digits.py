@@ -93,7 +93,9 @@ def draw(model: GaussianMixtureVAE, x: torch.Tensor, digit: np.ndarray, cluster:
     order = linear_sum_assignment(-confusion_matrix(digit, cluster))[1]  # the cluster of each digit
     with torch.no_grad():
         drawn = model.decode(model.mixture.component(torch.tensor(order)).sample((10,))).mean / 16  # (10, C, 64)
-    rows = [torch.cat([x[cluster == k][:10], x.new_zeros(10, 64)])[:10] / 16 for k in order]
+    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    members = [x[shuffled][cluster[shuffled] == k] for k in order]
+    rows = [torch.cat([each[:10], x.new_zeros(10, 64)])[:10] / 16 for each in members]
     for axes, images, title in ((left, torch.stack(rows), "images"), (middle, drawn.transpose(0, 1), "draws")):
         picture = torch.nn.functional.pad(images.reshape(10, 10, 8, 8), (1, 1, 1, 1), value=0.5)
         axes.imshow(picture.permute(0, 2, 1, 3).reshape(100, 100), cmap="gray_r", vmin=0, vmax=1)

@@ -27,6 +27,7 @@ from pyro_lvm.evidence.record import check_reference
 from pyro_lvm.evidence.resume import digest_of
 from pyro_lvm.tracing.batch import DataArgs, Rows
 from pyro_lvm.tracing.digest import DataDigest
+from pyro_lvm.tracing.isolation import part_is_welcome
 from pyro_lvm.tracing.questions import count_parameters, holds_probabilities, same_model
 
 __all__ = ["compare"]
@@ -113,7 +114,7 @@ def compare(
         try:
             row = _measure(name, kind, source, x, args, options)
         except KeyboardInterrupt:
-            if not measured:
+            if not (measured and part_is_welcome()):
                 raise
             break
         except Exception as error:

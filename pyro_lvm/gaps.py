@@ -23,7 +23,7 @@ from pyro_lvm.evidence.record import check_reference, concatenate
 from pyro_lvm.guides.refine import Refinement, refine
 from pyro_lvm.table import TextTable
 from pyro_lvm.tracing.batch import DataArgs, Rows
-from pyro_lvm.tracing.isolation import evaluation_rng
+from pyro_lvm.tracing.isolation import evaluation_rng, part_is_welcome
 from pyro_lvm.tracing.params import Fitted, current_params
 from pyro_lvm.tracing.probe import Plan, probe_pair
 from pyro_lvm.tracing.weights import evaluation
@@ -248,7 +248,7 @@ def inference_gap(
                 parts.append(job.run(source, slice(start, min(len(source), start + rows)), len(parts)))
                 bar.update(rows)
     except KeyboardInterrupt:
-        if not parts:
+        if not (parts and part_is_welcome()):
             raise
     record = _record(parts, reference, job, len(source))
     if record.evidence.doubt:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         result.history.to_csv(folder / "history.csv")
         draw_history(result, folder / "history.png")
     print(f"{result}\nfiles in {folder}: {', '.join(FILES)}")
-    return 0
+    return 1 if result.stop_reason == "nonfinite" else 0
 
 
 def _train(here: Run, model: Any, guide: Any, data: Data, loss: Any) -> FitResult:

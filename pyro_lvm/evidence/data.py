@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from pyro_lvm._checks import data_tensor, refuse
 from pyro_lvm._typing import Data
@@ -61,17 +61,25 @@ def _has_numbers(array: np.ndarray) -> bool:
     return any(part.dtype.kind != "f" or not np.isnan(part).all() for part in parts)
 
 
+def _check_sampler(sampler: Any) -> None:
+    """Every item counts once: of a loader it is the data set that is read, in its own order."""
+    if not isinstance(sampler, SequentialSampler | RandomSampler):
+        cure = "Results are per datum, in order: pass torch.utils.data.Subset(dataset, indices) of those that count."
+        raise DataTypeError(refuse("x", "a DataLoader of all its data", f"one with a {type(sampler).__name__}", cure))
+
+
 def data_source(x: Data, args: Sequence[Any], data_args: DataArgs, device: torch.device | str | None) -> Rows:
     """x and its companions in a form that gives rows; data sets are read in their own order, tuples are splatted.
 
     Arrays, which may be mapped from a file, and data sets are read, converted and moved chunk by chunk.
 
     Raises:
-        DataTypeError: x is no tensor, array, map-style ``Dataset`` or ``DataLoader`` of one.
+        DataTypeError: x is no tensor, array, map-style ``Dataset`` or ``DataLoader`` of one, or its sampler chooses.
         ShapeError: x is empty or all NaN.
     """
     collate = default_collate
     if isinstance(x, DataLoader):
+        _check_sampler(x.sampler)
         collate = collate if x.batch_sampler is None else x.collate_fn
         x = x.dataset
     if isinstance(x, IterableDataset):

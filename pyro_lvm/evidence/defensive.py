@@ -18,6 +18,7 @@ from pyro_lvm.evidence.several import named
 from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 from pyro_lvm.tracing.batch import DataArgs, Rows, Selected
+from pyro_lvm.tracing.isolation import part_is_welcome
 
 __all__ = ["defensive"]
 
@@ -127,7 +128,8 @@ def defensive(
             chosen = _Chosen(source, ~doubtful, tied)
             record = chosen.put(record, pool(pairs, chosen.rows, num_particles, seed=_after(seed, 1), **settings))
     except KeyboardInterrupt:
-        pass
+        if not part_is_welcome():
+            raise
     except PyroLVMError as error:  # as of discrete latents; what is there is not lost
         refused = {"annealing": {"num_data": 0, "refused": str(error)}}
         record = replace(record, provenance=record.provenance | refused)

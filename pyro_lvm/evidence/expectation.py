@@ -14,7 +14,7 @@ from pyro_lvm.errors import DataTypeError, ShapeError, SiteError
 from pyro_lvm.evidence.columns import Columns
 from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.several import proposing
-from pyro_lvm.evidence.verdict import quoted, status_shares, verdict
+from pyro_lvm.evidence.verdict import data_in_words, quoted, status_shares, verdict
 from pyro_lvm.evidence.weighted import WeightedJob
 from pyro_lvm.ops import RatioAccumulator, RatioSummary, WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
@@ -77,9 +77,10 @@ class Expectation:
     def __repr__(self) -> str:
         shares = ", ".join(f"{word} {share:.1%}" for word, share in self.status_shares().items())
         moved = (self.value - self.under_guide).abs().flatten()
+        num_data = data_in_words(len(self), self.provenance)
         return "\n".join(
             [
-                f"Expectation: {len(self)} data, values {tuple(self.value.shape[1:])}, K = {self.num_particles}",
+                f"Expectation: {num_data}, values {tuple(self.value.shape[1:])}, K = {self.num_particles}",
                 f"  stderr    median {self.stderr.flatten().median():.2g}, at most {self.stderr.max():.2g}",
                 f"  weights   move the guide's means by {moved.median():.2g} (median), at most {moved.max():.2g}",
                 f"  status    {shares}",

@@ -17,7 +17,7 @@ from pyro_lvm.ops.memory import keep_freed_memory, ran_out_of_memory
 from pyro_lvm.tracing.batch import Batch, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.digest import DataDigest, parameter_digest
-from pyro_lvm.tracing.isolation import evaluation_rng
+from pyro_lvm.tracing.isolation import evaluation_rng, part_is_welcome
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import check_data
@@ -104,7 +104,7 @@ class Job:
                             Progress(done, self.columns.done, self.chunks, self.dtype, self.digest.chains.copy())
                         )
             except KeyboardInterrupt:
-                if not self.columns.done:
+                if not (self.columns.done and part_is_welcome()):
                     raise
             finally:
                 if self.checkpoint:

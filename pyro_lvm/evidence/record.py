@@ -14,7 +14,7 @@ from pyro_lvm._files import numbers, read_json, write_json
 from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS
-from pyro_lvm.evidence.verdict import doubt, status_shares, verdict
+from pyro_lvm.evidence.verdict import data_in_words, doubt, status_shares, verdict
 
 if TYPE_CHECKING:
     import xarray
@@ -181,11 +181,9 @@ class LogMarginal:
 
     @property
     def _data(self) -> str:
-        num_data = self.provenance.get("num_data", len(self))
         if self._joint:
-            return f"one joint result of {num_data} data"
-        unfinished = not self.provenance.get("finished", True)
-        return f"{len(self)} of {num_data} data (interrupted)" if unfinished else f"{len(self)} data"
+            return f"one joint result of {self.provenance.get('num_data', len(self))} data"
+        return data_in_words(len(self), self.provenance)
 
     def mean_with_error(self, digits: int = 4) -> str:
         """The mean with its error, or with its bias where a +- would hide it."""

@@ -15,6 +15,7 @@ from pyro_lvm.ops import WeightAccumulator, WeightSummary
 from pyro_lvm.ops.allocation import PowerSums, on_grid, particles_needed
 from pyro_lvm.ops.memory import keep_freed_memory
 from pyro_lvm.tracing.batch import Batch
+from pyro_lvm.tracing.isolation import part_is_welcome
 from pyro_lvm.tracing.weights import check_data
 
 __all__ = ["TargetedJob", "check_target"]
@@ -81,7 +82,7 @@ class TargetedJob(Job):
                     self.keep(self._final(start, batch, bar))
                     self.digest.add(batch)
             except KeyboardInterrupt:
-                if not self.columns.done:
+                if not (self.columns.done and part_is_welcome()):
                     raise
 
     def _pilot(self, start: int, batch: Batch, bar: Any) -> torch.Tensor:

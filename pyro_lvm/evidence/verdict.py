@@ -1,5 +1,6 @@
 """What the statuses of a record say in words: how many data have which, and what may be quoted."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -11,7 +12,7 @@ from pyro_lvm.errors import UnreliableEstimateWarning
 from pyro_lvm.evidence.data import data_provenance
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 
-__all__ = ["doubt", "quoted", "status_shares", "verdict"]
+__all__ = ["data_in_words", "doubt", "quoted", "status_shares", "verdict"]
 
 _CURES = {
     "unreliable": "More particles, or a guide that fits better.",
@@ -29,6 +30,13 @@ def status_shares(status: np.ndarray) -> dict[str, float]:
     """Share of the data in each status that occurs, from the best to the worst."""
     shares = {word: float((status == word).mean()) for word in STATUSES}
     return {word: share for word, share in shares.items() if share}
+
+
+def data_in_words(done: int, provenance: Mapping[str, Any]) -> str:
+    """How many data there are, and of how many where Ctrl-C came before the others."""
+    if provenance.get("finished", True):
+        return f"{done} data"
+    return f"{done} of {provenance.get('num_data', done)} data (interrupted)"
 
 
 def doubt(status: np.ndarray) -> str:

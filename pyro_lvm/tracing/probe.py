@@ -232,6 +232,7 @@ def run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
 def note_dtypes(error: RuntimeError, args: Sequence[Any], *programs: Any) -> None:
     """Add to torch's error that data and parameters have different dtypes, if they have."""
     given = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()}
+    given = given or {a.dtype for a in args[:1] if isinstance(a, torch.Tensor) and "dtype" in str(error)}
     held = {p.dtype for program in programs for p in module_parameters(program) if p.is_floating_point()}
     if given and held and given != held:
         names = [", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) for dtypes in (given, held)]

@@ -93,7 +93,7 @@ def _uniform(name: str, fn: Any) -> Any:
     else:
         raise SupportError(
             f"latent site {name!r}: expected a finite support, got {type(base).__name__}. There is no uniform "
-            "distribution over its values: use evidence.prior or a guide."
+            "distribution over its values: use evidence.quadrature, evidence.prior or a guide."
         )
     return uniform.to_event(fn.event_dim - base.event_dim)
 

@@ -20,7 +20,14 @@ from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import DataTypeError, ParameterError
 from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
 from pyro_lvm.ops.memory import keep_freed_memory
-from pyro_lvm.tracing.isolation import called_modules, eval_mode, generator_states, set_generators, validation
+from pyro_lvm.tracing.isolation import (
+    called_modules,
+    eval_mode,
+    generator_states,
+    set_generators,
+    validation,
+    whole_results,
+)
 from pyro_lvm.tracing.params import add_to_store, anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches
@@ -175,7 +182,7 @@ class Engine:
         self._begin(kept)
         keep_freed_memory()
         try:
-            with _bar(progress, total, state.step) as bar:
+            with _bar(progress, total, state.step) as bar, whole_results():
                 if self.position[1] == 0:  # a run that went on may have nothing left to do
                     self._limit(self.position[0], num_epochs, num_steps)
                 while not state.stop_reason:

@@ -172,3 +172,14 @@ def test_a_site_that_is_summed_out_is_named_with_what_to_ask_instead():
 
     with pytest.raises(SiteError, match=r"'y' is summed out: latent.attribute"):
         lvm.expectation(model, wide_guide, X, lambda y: y, num_particles=10)
+
+
+def test_ctrl_c_says_how_many_data_there_are() -> None:
+    def model(x: torch.Tensor) -> None:
+        if len(x) == 2 and float(x[0]) == float(X[4]):
+            raise KeyboardInterrupt
+        normal_model(x)
+
+    result = lvm.expectation(model, wide_guide, X, moments, num_particles=50, chunks=(2, 50), seed=0)
+    assert len(result) == 4
+    assert repr(result).startswith("Expectation: 4 of 6 data (interrupted)")

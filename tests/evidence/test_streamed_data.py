@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler
 
 from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.evidence import LogMarginal, importance
@@ -69,6 +69,14 @@ def test_every_way_of_reading_gives_the_numbers_of_the_tensor(tmp_path: Path, wa
     result, expected = estimate(way(mapped(tmp_path, x))), estimate(x)
     assert result.value.equal(expected.value)
     assert result.elbo.equal(expected.elbo)
+
+
+def test_a_loader_that_chooses_its_data_is_refused(tmp_path: Path) -> None:
+    """Its data set is read in order, whoever is drawn from it."""
+    items = Items(mapped(tmp_path, data(11)))
+    with pytest.raises(DataTypeError, match=r"one with a SubsetRandomSampler.*Subset\(dataset, indices\)"):
+        estimate(DataLoader(items, sampler=SubsetRandomSampler(range(4))))
+    assert len(estimate(DataLoader(items, shuffle=True))) == 11
 
 
 @pytest.mark.parametrize("options", [{"data_plate": None}, {"vectorize": False}, {"chunks": None}, {"device": "cpu"}])

@@ -35,10 +35,12 @@ from pyro_lvm.errors import (
     ShapeError,
     SiteError,
 )
+from pyro_lvm.evidence import importance
 from pyro_lvm.guides import DiagonalNormal
 from pyro_lvm.models import LinearGaussian
 from pyro_lvm.tracing import elbo
 from pyro_lvm.training import fit
+from pyro_lvm.training.callbacks import EarlyStopping
 from pyro_lvm.training.state import FitResult
 
 
@@ -834,6 +836,25 @@ def test_ctrl_c_returns_what_there_is():
     result = fit(*make_functions(), data(), num_steps=100, batch_size=10, callbacks=[Interrupt()])
     assert (result.stop_reason, result.num_steps, len(result.losses)) == ("interrupted", 7, 7)
     assert set(result.params) == {"encoder", "scale", "weight"}
+
+
+@pytest.mark.filterwarnings("ignore::pyro_lvm.errors.UnreliableEstimateWarning")
+def test_ctrl_c_in_an_estimate_of_a_callback_ends_training():
+    """A mean over the data that happened to be finished is no score of this epoch."""
+    model, guide = make_functions()
+    scores = []
+
+    def interrupted(x):
+        if len(scores) == 2 and len(x) == 2 and x[0].equal(data()[20]):  # after some of the chunks of the third
+            raise KeyboardInterrupt
+        model(x)
+
+    def score(*_):
+        scores.append(importance(interrupted, guide, data(), num_particles=2, chunks=(2, 2)).mean)
+        return scores[-1]
+
+    result = fit(model, guide, data(), num_epochs=10, callbacks=[EarlyStopping(score, patience=10)])
+    assert (result.stop_reason, len(scores)) == ("interrupted", 2)
 
 
 def test_ctrl_c_in_the_model():
