@@ -10,7 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution, constraints
+from pyro.distributions import Delta, MaskedDistribution, Unit, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
@@ -27,6 +27,7 @@ __all__ = [
     "element_constraint",
     "indexed",
     "in_words",
+    "is_factor",
     "is_latent",
     "is_observed",
     "is_real",
@@ -60,6 +61,11 @@ def is_latent(site: Site) -> bool:
 def is_observed(site: Site) -> bool:
     """An observed random variable or a factor; ``pyro.deterministic`` has no density and is neither."""
     return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
+
+
+def is_factor(site: Site) -> bool:
+    """A ``pyro.factor``, which is observed and holds no data."""
+    return isinstance(base_distribution(site["fn"]), Unit)
 
 
 def is_unobserved(name: str) -> bool:

@@ -236,7 +236,8 @@ def note_dtypes(error: RuntimeError, args: Sequence[Any], *programs: Any) -> Non
     held = {p.dtype for program in programs for p in module_parameters(program) if p.is_floating_point()}
     if given and held and given != held:
         names = [", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) for dtypes in (given, held)]
-        error.add_note(f"x is {names[0]} and the parameters are {names[1]}: pass x.float(), or use module.double().")
+        other = ", or use module.double()" if "float64" in names[0] else ""
+        error.add_note(f"x is {names[0]} and the parameters are {names[1]}: pass x.float(){other}.")
 
 
 def _guide_follows(guide: Guide, batch: Batch, plate: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import SiteError, SupportError
@@ -17,6 +17,7 @@ from pyro_lvm.tracing.intercept import (
     bounds,
     element_constraint,
     in_words,
+    is_factor,
     is_latent,
     is_observed,
     is_real,
@@ -140,8 +141,7 @@ def check_shapes(names: Sequence[str], model: Trace, guide: Trace) -> None:
         if _without_ones(value.shape) != _without_ones(fn.shape()):
             expected = f"values of shape {tuple(fn.shape())}, those of the model (plates and event)"
             cure = "Make its parameters as large, e.g. torch.zeros(D) for D dimensions, inside the same plates."
-            got = tuple(value.shape)
-            raise SiteError(refuse(f"guide site {name!r}", expected, got, cure), finding="event-dims")
+            raise SiteError(refuse(f"guide site {name!r}", expected, tuple(value.shape), cure), finding="event-dims")
 
 
 def check_spread(names: Sequence[str], guide: Trace) -> None:
@@ -234,9 +234,9 @@ def _cardinality(name: str, site: Site, available: list[str]) -> int:
 def _check_guide_sites(model: Trace, latents: dict[str, Site], guide: Trace, proposals: dict[str, Site]) -> None:
     auxiliary = [n for n, s in proposals.items() if n not in latents and s["infer"].get("is_auxiliary")]
     for name, site in guide.items():
-        if is_observed(site) and not isinstance(base_distribution(site["fn"]), Unit):
+        if is_observed(site) and not is_factor(site):
             raise SiteError(
-                f"guide site {name!r}: expected no observed site, got obs=. Data belong to the model: swapped?",
+                f"guide site {name!r}: expected no observed site, got obs=. Observe data in the model only.",
                 finding="observed-in-guide",
             )
         if not is_latent(site) or name in latents or name in auxiliary:

@@ -17,7 +17,7 @@ from pyro_lvm.errors import PlateError, SiteError
 from pyro_lvm.objectives.annealing import KLAnnealing
 from pyro_lvm.objectives.default import model_and_loss
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
-from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, is_unobserved, run, scaled_plate
+from pyro_lvm.tracing.intercept import Trace, is_factor, is_latent, is_observed, is_unobserved, run, scaled_plate
 from pyro_lvm.tracing.isolation import eval_mode
 from pyro_lvm.tracing.questions import batch_plate
 from pyro_lvm.training.diagnosis import check_follows_batches, outside_sites
@@ -68,6 +68,7 @@ def make_objective(
     """
     check_follows_batches(model, guide, batch, num_data)
     guide_trace, model_trace = _run_pair(model, guide, batch)
+    _check_not_swapped(model_trace, guide_trace)
     _check_no_surplus(model_trace, guide_trace)
     programs = {"model": model, "guide": guide}
     total = _scaled_by_itself(model_trace, len(batch[0]), num_data)
@@ -124,6 +125,14 @@ def _check_no_surplus(model: Trace, guide: Trace) -> None:
         cure = 'Give both the same name, or mark an auxiliary one with infer={"is_auxiliary": True}.'
         message = refuse("guide", f"no more than the latent sites {latents} of the model", surplus, cure)
         raise SiteError(message, finding="extra-site")
+
+
+def _check_not_swapped(model: Trace, guide: Trace) -> None:
+    """Data are observed by the model; a guide alone with data would be pulled away from them."""
+    data = [n for n, s in guide.items() if is_observed(s) and not is_factor(s)]
+    if data and not any(is_observed(site) for site in model.values()):
+        message = refuse("model", "an observed site", f"none, and {data} in the guide", "Pass fit(model, guide, data).")
+        raise SiteError(message, finding="no-data")
 
 
 def _is_messenger(program: Program) -> bool:

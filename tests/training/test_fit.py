@@ -827,6 +827,12 @@ def test_a_model_without_a_plate_is_trained_as_it_is_and_said_so(caplog):
 # The end, the record, and what is refused.
 
 
+def test_a_guide_in_the_place_of_the_model_is_refused():
+    model, guide = make_functions()
+    with pytest.raises(SiteError, match=r"model: expected an observed site.*in the guide.*fit\(model, guide, data\)"):
+        fit(guide, model, data(), num_steps=1)
+
+
 def test_ctrl_c_returns_what_there_is():
     class Interrupt:
         def on_step(self, state):
