@@ -79,7 +79,8 @@ def data_source(x: Data, args: Sequence[Any], data_args: DataArgs, device: torch
     """
     collate = default_collate
     if isinstance(x, DataLoader):
-        _check_sampler(x.sampler)
+        if not isinstance(x.dataset, IterableDataset):  # which is refused below
+            _check_sampler(x.sampler)
         collate = collate if x.batch_sampler is None else x.collate_fn
         x = x.dataset
     if isinstance(x, IterableDataset):
