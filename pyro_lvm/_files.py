@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +62,7 @@ def _told(path: PathLike, kind: str) -> Iterator[None]:
     except Exception as error:
         cure = "Pass the path of a file that was saved as that, and write it anew if it is damaged."
         # Of a file that is not its own torch says how to run what is in there.
-        why = "it holds none" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}"
+        why = "it holds none" if "weights_only" in str(error) else f"{type(error).__name__}: {error}"
         got = f"{os.fspath(path)}: {why}"
         raise CheckpointError(refuse("path", f"a file with a {kind}", got, cure)) from error
 

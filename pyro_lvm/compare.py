@@ -3,31 +3,24 @@
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pyro_lvm._checks import refuse
+from pyro_lvm._interrupts import kept_if, whole_results
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.comparison import Comparison, ComparisonRow
-from pyro_lvm.errors import (
-    CheckpointError,
-    DataTypeError,
-    ShapeError,
-    UnreliableEstimateWarning,
-    UntrainedParameterWarning,
-)
+from pyro_lvm.errors import DataTypeError, ShapeError, UnreliableEstimateWarning, UntrainedParameterWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.pooled import pool
 from pyro_lvm.evidence.record import check_reference
-from pyro_lvm.evidence.resume import digest_of
+from pyro_lvm.evidence.same_data import check_same_data
+from pyro_lvm.evidence.verdict import data_in_words, is_joint
 from pyro_lvm.tracing.batch import DataArgs, Rows
-from pyro_lvm.tracing.digest import DataDigest
-from pyro_lvm.tracing.isolation import part_is_welcome
 from pyro_lvm.tracing.questions import count_parameters, holds_probabilities, same_model
 
 __all__ = ["compare"]
@@ -110,17 +103,13 @@ def compare(
     options |= {"compile": compile, "progress": progress}
     _check_records(kinds, reference, source, data_plate)
     measured: dict[str, ComparisonRow] = {}
-    for name, kind in kinds.items():
-        try:
-            row = _measure(name, kind, source, x, args, options)
-        except KeyboardInterrupt:
-            if not (measured and part_is_welcome()):
+    with kept_if(lambda: measured):
+        for name, kind in kinds.items():
+            try:
+                measured[name] = _measure(name, kind, source, x, args, options)
+            except Exception as error:
+                error.add_note(f"in row {name!r} of compare()")
                 raise
-            break
-        except Exception as error:
-            error.add_note(f"in row {name!r} of compare()")
-            raise
-        measured[name] = row
     shared = _one_model([kinds[name] for name in measured], source)
     ranked_by = "elbo" if shared else "value"
     ranked = sorted(measured.values(), key=lambda row: -float(row.mean_over_runs(ranked_by).mean()))
@@ -160,17 +149,14 @@ def _shared_reference(
     settings = {name: options[name] for name in ("data_plate", "vectorize", "chunks", "progress")}
     settings["num_particles"] = math.ceil(2 * options["num_particles"] / len(pairs))
     settings["seed"] = (options["seed"] + 1) % 2**32  # so that its errors are independent of those of the rows
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UntrainedParameterWarning)  # of every row, or in the notes
+    with kept_if(lambda: rows), whole_results(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedParameterWarning)  # of every row, or in the notes
+        try:
             pooled = pool(pairs, data_source(x, args, options["data_args"], options["device"]), **settings)
-    except KeyboardInterrupt:
-        return None, "Interrupted: the guides were not pooled to a reference."
-    except Exception as error:  # noqa: BLE001 - what a guide makes of draws of another; the rows stand without it
-        return None, f"There is no shared reference, for the guides cannot be pooled: {error}"
-    if not pooled.provenance["finished"]:
-        return None, "Interrupted: the guides were not pooled to a reference."
-    return pooled, _of_the_pooled(pooled, time.perf_counter() - start)
+        except Exception as error:  # noqa: BLE001 - what a guide makes of draws of another; the rows stand without it
+            return None, f"There is no shared reference, for the guides cannot be pooled: {error}"
+        return pooled, _of_the_pooled(pooled, time.perf_counter() - start)
+    return None, "Interrupted: the guides were not pooled to a reference."
 
 
 def _of_the_pooled(pooled: LogMarginal, seconds: float) -> str:
@@ -216,31 +202,16 @@ def _measure(
 ) -> ComparisonRow:
     if isinstance(kind, LogMarginal):
         return ComparisonRow(name, (kind,), 0, 0.0, None)
-    start = time.perf_counter()
-    with warnings.catch_warnings(), _peak_memory(device_of(source)) as peak:
+    start, device, before = time.perf_counter(), device_of(source), 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with warnings.catch_warnings(), whole_results():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table and its notes say it of every row
         runs = tuple(importance(model, guide, x, *args, **options) for model, guide in kind)
-    if not all(run.provenance.get("finished", True) for run in runs):
-        raise KeyboardInterrupt  # which the estimate took for its own
     seconds = time.perf_counter() - start
-    return ComparisonRow(name, runs, count_parameters(*kind[0], source), seconds, peak[0] if peak else None)
-
-
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """A list that afterwards has the bytes that were taken on a CUDA device, at most, beside what was there."""
-    peak: list[int] = []
-    if device.type != "cuda":
-        yield peak
-        return
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    yield peak
-    peak.append(torch.cuda.max_memory_allocated(device) - before)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Whether records are of the data that the pairs are measured on.
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    return ComparisonRow(name, runs, count_parameters(*kind[0], source), seconds, peak)
 
 
 def _check_records(
@@ -254,42 +225,7 @@ def _check_records(
     if len(set(lengths.values())) > 1:
         cure = "Estimate every row on the same x, with the same data_plate; differences are paired datum by datum."
         raise ShapeError(refuse("rows", "one number of data", lengths, cure))
-    digests = {name: digest for name, record in records.items() if (digest := _data_digest(record))}
-    if digests and (pairs or len(set(digests.values())) > 1):
-        _check_digests(digests, source)
-
-
-def _data_digest(record: LogMarginal) -> str | None:
-    digests = record.provenance.get("sha256")
-    return digests.get("data") if isinstance(digests, Mapping) else None
-
-
-def _check_digests(digests: Mapping[str, str], source: Rows) -> None:
-    """Each is that of x, in some precision, with all further arguments or the first of them."""
-    same: set[str] = set()
-    for dtype in (None, torch.float32, torch.float64):
-        same |= _with_arguments(digest_of(source, dtype))
-        others = [name for name, digest in digests.items() if digest not in same]
-        if not others:
-            return
-    if digest_of(source).chains != digest_of(source, seed=1).chains:
-        return  # drawn anew at each reading: no two estimates have the same
-    cure = "Estimate it on the same x, in the same order, and arguments; differences are paired datum by datum."
-    got = "one of other data: the SHA-256 that it keeps is another"
-    raise CheckpointError(refuse(", ".join(others), "an estimate on the data of this call", got, cure))
-
-
-def _with_arguments(digest: DataDigest) -> set[str]:
-    """That of x alone, and those of x with one further argument after the other."""
-    found, part = set(), DataDigest()
-    for count in range(1, len(digest.chains) + 1):
-        part.chains = digest.chains[:count]
-        found.add(part.hexdigest())
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is said of them.
+    check_same_data(records, source)
 
 
 def _notes(result: Comparison, about: str, shared: bool | None, missing: Sequence[str]) -> tuple[str, ...]:
@@ -329,15 +265,15 @@ def _notes(result: Comparison, about: str, shared: bool | None, missing: Sequenc
 
 
 def _units(record: LogMarginal) -> str:
-    if record.provenance.get("data_plate", "") is None:
-        num_data = record.provenance.get("num_data", len(record))
+    data = data_in_words(len(record), record.provenance)
+    if is_joint(record.provenance):
         return (
-            f"One joint result of {num_data} data; nats in all, higher is better. +- is one standard error, of log "
-            "p-hat over the draws; differences have none, for there are no data to pair."
+            f"{data[0].upper()}{data[1:]}; nats in all, higher is better. +- is one standard error, of log p-hat over "
+            "the draws; differences have none, for there are no data to pair."
         )
     return (
-        f"{len(record)} data; nats per datum, higher is better. +- is one standard error: of log p-hat over the draws, "
-        "of differences (paired) over data and draws."
+        f"{data}; nats per datum, higher is better. +- is one standard error: of log p-hat over the draws, of "
+        "differences (paired) over data and draws."
     )
 
 

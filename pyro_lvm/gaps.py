@@ -15,15 +15,17 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import check_chunks, check_positive_int, check_seed, refuse, shown, warn_caller
+from pyro_lvm._interrupts import kept_if, whole_results
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, UnreliableEstimateWarning
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source
 from pyro_lvm.evidence.record import check_reference, concatenate
+from pyro_lvm.evidence.verdict import data_in_words
 from pyro_lvm.guides.refine import Refinement, refine
 from pyro_lvm.table import TextTable
 from pyro_lvm.tracing.batch import DataArgs, Rows
-from pyro_lvm.tracing.isolation import evaluation_rng, part_is_welcome
+from pyro_lvm.tracing.isolation import evaluation_rng
 from pyro_lvm.tracing.params import Fitted, current_params
 from pyro_lvm.tracing.probe import Plan, probe_pair
 from pyro_lvm.tracing.weights import evaluation
@@ -108,10 +110,8 @@ class InferenceGap:
         """What the numbers cover, which way they err, and what was free."""
         share, left = float(self.converged.double().mean()), float(self.last_gain.mean())
         steps = self.provenance["num_steps"]
-        of = "" if self.provenance["finished"] else f" of {self.provenance['num_data']} (interrupted)"
-        what = "one joint result" if self.provenance["data_plate"] is None else f"{len(self)}{of} data"
         notes = [
-            f"{what}. Free for each datum: {', '.join(self.free)}."
+            f"{data_in_words(len(self), self.provenance)}. Free for each datum: {', '.join(self.free)}."
             + "".join(f" Not free: {name} ({why})." for name, why in self.fixed.items()),
             f"{steps} steps; converged for {share:.0%} of the data: the last quarter of them gained next to nothing "
             f"there. It gained {left:.2g} on average; what is left to gain is counted as approximation, not as "
@@ -242,14 +242,10 @@ def inference_gap(
         model, guide, {"data_plate": data_plate, "vectorize": vectorize}, steps, num_particles, chunks, seed, progress
     )
     parts: list[_Part] = []
-    try:
-        with tqdm(total=len(source), unit="datum", disable=not shown(progress)) as bar:
-            for start in range(0, len(source), rows):
-                parts.append(job.run(source, slice(start, min(len(source), start + rows)), len(parts)))
-                bar.update(rows)
-    except KeyboardInterrupt:
-        if not (parts and part_is_welcome()):
-            raise
+    with kept_if(lambda: parts), tqdm(total=len(source), unit="datum", disable=not shown(progress)) as bar:
+        for start in range(0, len(source), rows):
+            parts.append(job.run(source, slice(start, min(len(source), start + rows)), len(parts)))
+            bar.update(rows)
     record = _record(parts, reference, job, len(source))
     if record.evidence.doubt:
         warn_caller(f"log p-hat is {record.evidence.doubt} of the data.", UnreliableEstimateWarning)
@@ -304,12 +300,9 @@ class _Job:
         options |= {"num_particles": self.num_particles, "chunks": self.chunks, "progress": False}
 
         def measure(guide: Guide) -> LogMarginal:
-            record = importance(self.model, guide, x, *args, **options)
-            if not record.provenance["finished"]:
-                raise KeyboardInterrupt  # which the estimate took for its own
-            return record
+            return importance(self.model, guide, x, *args, **options)
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), whole_results():
             warnings.simplefilter("ignore", UnreliableEstimateWarning)  # said once, of all data
             return _Part(measure(self.guide), measure(local.guide), measure(flow.guide) if flow else None, local)
 

@@ -142,7 +142,7 @@ def test_an_interrupt_leaves_the_data_that_are_finished():
     result = lvm.inference_gap(model, pair.guide, pair.x, **options)
     assert 0 < len(result) < 6
     assert not result.provenance["finished"]
-    assert "of 6 (interrupted) data" in str(result)
+    assert "of 6 data (interrupted)" in str(result)
     torch.testing.assert_close(result.local_elbo, pair.log_px[: len(result)], rtol=0, atol=0.02)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pyro_lvm._checks import check_positive_int, check_program
+from pyro_lvm._interrupts import kept_if
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
 from pyro_lvm.errors import PyroLVMError
 from pyro_lvm.evidence.annealed import run_annealed
@@ -18,7 +19,6 @@ from pyro_lvm.evidence.several import named
 from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 from pyro_lvm.tracing.batch import DataArgs, Rows, Selected
-from pyro_lvm.tracing.isolation import part_is_welcome
 
 __all__ = ["defensive"]
 
@@ -115,21 +115,19 @@ def defensive(
     doubtful, finished = np.isin(record.status, _IN_DOUBT), True
     tied = record.provenance["streamed"] == "particles"  # all data or none
     try:
-        if doubtful.any():
-            chosen = _Chosen(source, doubtful, tied)
-            steps: dict[str, Any] = {"num_particles": num_chains, "num_steps": None, "num_leapfrog": 3}
-            chains = run_annealed(model, guides, chosen.rows, seed=_after(seed, 2), **steps, **settings)
-            record = chosen.put(record, chains)
-            done, finished = min(len(chains), int(doubtful.sum())), chains.provenance["finished"]
-            annealing = {"annealing": chains.provenance["annealing"] | {"num_data": done}}
-            method = f"{record.method}, {done} data annealed"
-            record = replace(record, method=method, provenance=record.provenance | annealing)
-        if finished and not doubtful.all():
-            chosen = _Chosen(source, ~doubtful, tied)
-            record = chosen.put(record, pool(pairs, chosen.rows, num_particles, seed=_after(seed, 1), **settings))
-    except KeyboardInterrupt:
-        if not part_is_welcome():
-            raise
+        with kept_if(lambda: True):  # what was pooled first
+            if doubtful.any():
+                chosen = _Chosen(source, doubtful, tied)
+                steps: dict[str, Any] = {"num_particles": num_chains, "num_steps": None, "num_leapfrog": 3}
+                chains = run_annealed(model, guides, chosen.rows, seed=_after(seed, 2), **steps, **settings)
+                record = chosen.put(record, chains)
+                done, finished = min(len(chains), int(doubtful.sum())), chains.provenance["finished"]
+                annealing = {"annealing": chains.provenance["annealing"] | {"num_data": done}}
+                method = f"{record.method}, {done} data annealed"
+                record = replace(record, method=method, provenance=record.provenance | annealing)
+            if finished and not doubtful.all():
+                chosen = _Chosen(source, ~doubtful, tied)
+                record = chosen.put(record, pool(pairs, chosen.rows, num_particles, seed=_after(seed, 1), **settings))
     except PyroLVMError as error:  # as of discrete latents; what is there is not lost
         refused = {"annealing": {"num_data": 0, "refused": str(error)}}
         record = replace(record, provenance=record.provenance | refused)

@@ -14,7 +14,7 @@ from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.record import to_arviz
 from pyro_lvm.evidence.resampling import Reservoir
 from pyro_lvm.evidence.several import proposing
-from pyro_lvm.evidence.verdict import quoted, status_shares, verdict
+from pyro_lvm.evidence.verdict import is_joint, quoted, status_shares, verdict
 from pyro_lvm.evidence.weighted import WeightedJob
 from pyro_lvm.ops import WeightSummary
 from pyro_lvm.tracing.batch import Batch, DataArgs
@@ -97,7 +97,7 @@ class PosteriorDraws:
         """
         import xarray as xr
 
-        joint = self.provenance.get("data_plate", "") is None
+        joint = is_joint(self.provenance)
         own: tuple[str, ...] = () if joint else ("datum",)
         posterior = {}
         for name, value in self.latents.items():

@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import shown
+from pyro_lvm._interrupts import kept_if
 from pyro_lvm._typing import DataPlate, Guide, Model, Vectorize
 from pyro_lvm._version import versions
 from pyro_lvm.evidence.columns import Columns
@@ -17,7 +18,7 @@ from pyro_lvm.ops.memory import keep_freed_memory, ran_out_of_memory
 from pyro_lvm.tracing.batch import Batch, Rows
 from pyro_lvm.tracing.captured_weights import Tables
 from pyro_lvm.tracing.digest import DataDigest, parameter_digest
-from pyro_lvm.tracing.isolation import evaluation_rng, part_is_welcome
+from pyro_lvm.tracing.isolation import evaluation_rng
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, probe_pair
 from pyro_lvm.tracing.tables import Table
 from pyro_lvm.tracing.weights import check_data
@@ -86,7 +87,8 @@ class Job:
         num_data, done = len(self.source), self._load()
         total = num_data * self.num_particles
         shows = {"unit": " weights", "unit_scale": True, "disable": not shown(progress)}
-        with tqdm(total=total, initial=done * self.num_particles, **shows) as bar:
+        bar = tqdm(total=total, initial=done * self.num_particles, **shows)
+        with kept_if(lambda: self.columns.done), bar:
             try:
                 while done < num_data:
                     rows = num_data if self.plan.tied else min(self.chunks[0], num_data - done)
@@ -103,9 +105,6 @@ class Job:
                         self.checkpoint.note(
                             Progress(done, self.columns.done, self.chunks, self.dtype, self.digest.chains.copy())
                         )
-            except KeyboardInterrupt:
-                if not (self.columns.done and part_is_welcome()):
-                    raise
             finally:
                 if self.checkpoint:
                     self.checkpoint.save()

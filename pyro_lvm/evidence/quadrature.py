@@ -22,7 +22,7 @@ from pyro_lvm.errors import DataTypeError, SiteError, SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
 from pyro_lvm.evidence.record import LogMarginal, exact_record
 from pyro_lvm.tracing.batch import Batch, DataArgs
-from pyro_lvm.tracing.coordinates import Coordinates, make_axis
+from pyro_lvm.tracing.coordinates import Axis, Coordinates, check_fixed, make_axis
 from pyro_lvm.tracing.digest import DataDigest, parameter_digest
 from pyro_lvm.tracing.intercept import Trace, is_unobserved, run, vectorised_frames, without
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
@@ -110,6 +110,8 @@ def quadrature(
                 check_data(plan, model, guide, batch, start)
                 digest.add(batch)
                 integrand = _Integrand(plan, model, guide, batch)
+                if start == 0:
+                    integrand.check_supports(guide)
                 value, error, rounding = integrand.integrate(num_nodes)
                 values.append(value)
                 errors.append(error)
@@ -132,7 +134,7 @@ class _Integrand:
         sites = self._latents(guide)
         for name, site in sites.items():
             _check_site(name, site, plan)
-        self.coordinates = self._coordinates(sites)
+        self.coordinates = Coordinates(plan.model_layout, batch, self._axes(sites))
         self.num_data, self.dim, self.num_nodes = self.coordinates.num_data, self.coordinates.dim, 0
         if not 1 <= self.dim <= 3:
             raise SupportError(
@@ -141,30 +143,21 @@ class _Integrand:
             )
         dtype = next(iter(sites.values()))["value"].dtype
         self.like = torch.empty(0, dtype=dtype, device=batch.args[0].device)
-        self._check_fixed(guide)
         self.low, self.high = -self._reach(-1), self._reach(1)  # (N, d)
         self.fine = (self.high.minimum(-self.low) >= _LEAST).all(-1)  # (N,), the dtype tells enough of the values
 
     def _latents(self, guide: Any) -> Trace:
         return {n: s for n, s in run(guide, self.batch.args).items() if n in self.plan.match.sampled}
 
-    def _coordinates(self, sites: Trace) -> Coordinates:
+    def _axes(self, sites: Trace) -> list[Axis]:
         layout = self.plan.model_layout
-        axes = [make_axis(name, site, site["fn"].transforms[0], layout) for name, site in sites.items()]
-        return Coordinates(layout, self.batch, axes)
+        return [make_axis(name, site, site["fn"].transforms[0], layout) for name, site in sites.items()]
 
-    def _check_fixed(self, guide: Any) -> None:
-        """The supports are the same whatever other latents are drawn."""
-        line = torch.linspace(-1, 1, 3, dtype=self.like.dtype, device=self.like.device)
-        u = line[:, None, None].expand(-1, self.num_data, self.dim)
-        draws, _ = self.coordinates.latents(u)
+    def check_supports(self, guide: Any) -> None:
+        """The supports are the same whatever other latents are drawn, labels that are summed out among them."""
         for _ in range(_RERUNS):
-            others, _ = self._coordinates(self._latents(guide)).latents(u)
-            for name, draw in draws.items():
-                if not torch.allclose(draw.value, others[name].value, equal_nan=True):
-                    cure = "Write the model with a latent of fixed support and scale it afterwards."
-                    got = "one that moves with the draws of other latents"
-                    raise SupportError(refuse(f"latent site {name!r}", "a support that depends on x alone", got, cure))
+            sites = self._latents(guide)
+            check_fixed(self.coordinates.axes, self._axes(sites), sites)
 
     def _reach(self, sign: int) -> torch.Tensor:
         """How far from 0 each coordinate, alone, can be told from its value: ``(N, d)``, inf on the real line.

@@ -14,7 +14,7 @@ from pyro_lvm._files import numbers, read_json, write_json
 from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS
-from pyro_lvm.evidence.verdict import data_in_words, doubt, status_shares, verdict
+from pyro_lvm.evidence.verdict import data_in_words, doubt, is_joint, status_shares, verdict
 
 if TYPE_CHECKING:
     import xarray
@@ -165,25 +165,16 @@ class LogMarginal:
             tail = f"k-hat median {khat.median():.2f}, above 0.7 for {float((khat > 0.7).double().mean()):.1%}"
         efficiency = f"ESS/K median {float(self.efficiency.median()):.2f};  " if self.num_particles > 1 else ""
         shares = ", ".join(f"{word} {share:.1%}" for word, share in self.status_shares().items())
+        data = data_in_words(len(self), self.provenance)
         return "\n".join(
             [
-                f"LogMarginal: {self._data}, {self.method}, K = {self.particles_in_words}",
-                f"  log p(x)  {self.mean_with_error()} nats{'' if self._joint else ' a datum'}",
+                f"LogMarginal: {data}, {self.method}, K = {self.particles_in_words}",
+                f"  log p(x)  {self.mean_with_error()} nats{'' if is_joint(self.provenance) else ' a datum'}",
                 f"  ELBO      {float(self.elbo.mean()):.4f};  {efficiency}{tail}",
                 f"  status    {shares}",
                 f"  verdict   {self.verdict}",
             ]
         )
-
-    @property
-    def _joint(self) -> bool:
-        return "data_plate" in self.provenance and self.provenance["data_plate"] is None
-
-    @property
-    def _data(self) -> str:
-        if self._joint:
-            return f"one joint result of {self.provenance.get('num_data', len(self))} data"
-        return data_in_words(len(self), self.provenance)
 
     def mean_with_error(self, digits: int = 4) -> str:
         """The mean with its error, or with its bias where a +- would hide it."""

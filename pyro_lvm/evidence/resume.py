@@ -24,16 +24,15 @@ from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import CheckpointError, DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS, Columns
 from pyro_lvm.ops import STATUSES
-from pyro_lvm.tracing.batch import Batch, Rows
-from pyro_lvm.tracing.digest import DataDigest
+from pyro_lvm.tracing.batch import Rows
+from pyro_lvm.tracing.digest import digest_of
 from pyro_lvm.tracing.isolation import evaluation_rng, generator_states, set_generators, validation
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan
 from pyro_lvm.tracing.weights import Proposal, weight_table
 
-__all__ = ["Checkpoint", "Progress", "digest_of", "fingerprint"]
+__all__ = ["Checkpoint", "Progress", "fingerprint"]
 
 _SECONDS = 1.0  # between two saves: what a killed process loses beside the chunk in progress
-_ROWS = 256  # data that are read at once for their digest
 _CLOSE = 1e-3  # relative difference that log-weights of one pair on one x may have between machines
 _SECRET = ("x", "parameters")  # digests, of which a message need not show the figures
 
@@ -186,21 +185,6 @@ def fingerprint(plan: Plan, model: Model, guide: Guide, source: Rows, options: M
     found |= {"particles": f"model {plan.model_mode}, guide {plan.guide_mode}", "log_weights": log_weights}
     found["statuses"] = ", ".join(STATUSES)  # which are kept as their numbers
     return found | {"x": digest_of(source).hexdigest()}
-
-
-def digest_of(source: Rows, dtype: torch.dtype | None = None, seed: int = 0) -> DataDigest:
-    """That of all data, read in pieces, with ``seed`` for those that are drawn anew; reals as ``dtype`` if given."""
-    digest = DataDigest()
-    with evaluation_rng(seed):
-        for start in range(0, len(source), _ROWS):
-            batch = source.rows(slice(start, min(start + _ROWS, len(source))))
-            digest.add(batch if dtype is None else _in_precision(batch, dtype))
-    return digest
-
-
-def _in_precision(batch: Batch, dtype: torch.dtype) -> Batch:
-    args = (a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in batch.args)
-    return Batch(tuple(args), batch.per_datum)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -9,13 +9,13 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import refuse, shown, warn_caller
+from pyro_lvm._interrupts import kept_if
 from pyro_lvm.errors import BudgetError, DataTypeError, ShapeError, UnreliableEstimateWarning
 from pyro_lvm.evidence.job import Job
 from pyro_lvm.ops import WeightAccumulator, WeightSummary
 from pyro_lvm.ops.allocation import PowerSums, on_grid, particles_needed
 from pyro_lvm.ops.memory import keep_freed_memory
 from pyro_lvm.tracing.batch import Batch
-from pyro_lvm.tracing.isolation import part_is_welcome
 from pyro_lvm.tracing.weights import check_data
 
 __all__ = ["TargetedJob", "check_target"]
@@ -77,13 +77,10 @@ class TargetedJob(Job):
             needed = self.needed.amax().expand_as(self.needed) if self.plan.tied else self.needed
             self.particles = on_grid(needed, min(_LEAST, self.num_particles), self.num_particles)
             bar.total = self.spent + int(self.particles.sum())
-            try:
+            with kept_if(lambda: self.columns.done):
                 for start, batch in self.slabs():
                     self.keep(self._final(start, batch, bar))
                     self.digest.add(batch)
-            except KeyboardInterrupt:
-                if not (self.columns.done and part_is_welcome()):
-                    raise
 
     def _pilot(self, start: int, batch: Batch, bar: Any) -> torch.Tensor:
         """Particles that some data need, ``(N,)``: twice as many, until they are a fair share of what they ask for."""

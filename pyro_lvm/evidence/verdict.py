@@ -12,7 +12,7 @@ from pyro_lvm.errors import UnreliableEstimateWarning
 from pyro_lvm.evidence.data import data_provenance
 from pyro_lvm.ops import DOUBTFUL, STATUSES
 
-__all__ = ["data_in_words", "doubt", "quoted", "status_shares", "verdict"]
+__all__ = ["data_in_words", "doubt", "is_joint", "quoted", "status_shares", "verdict"]
 
 _CURES = {
     "unreliable": "More particles, or a guide that fits better.",
@@ -32,11 +32,17 @@ def status_shares(status: np.ndarray) -> dict[str, float]:
     return {word: share for word, share in shares.items() if share}
 
 
+def is_joint(provenance: Mapping[str, Any]) -> bool:
+    """Whether there is one joint result, as with ``data_plate=None``."""
+    return provenance.get("data_plate", "") is None
+
+
 def data_in_words(done: int, provenance: Mapping[str, Any]) -> str:
-    """How many data there are, and of how many where Ctrl-C came before the others."""
-    if provenance.get("finished", True):
-        return f"{done} data"
-    return f"{done} of {provenance.get('num_data', done)} data (interrupted)"
+    """How many data there are; and of how many, where results are joint or Ctrl-C came before the others."""
+    num_data = provenance.get("num_data", done)
+    if is_joint(provenance):
+        return f"one joint result of {num_data} data"
+    return f"{done} data" if provenance.get("finished", True) else f"{done} of {num_data} data (interrupted)"
 
 
 def doubt(status: np.ndarray) -> str:

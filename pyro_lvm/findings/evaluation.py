@@ -4,13 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
-from pyro_lvm._typing import Model
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted
 from pyro_lvm.objectives.dependence import moved, rerun
 from pyro_lvm.tracing.batch import Batch
-from pyro_lvm.tracing.handlers import noted_rows
 from pyro_lvm.tracing.intercept import is_latent
-from pyro_lvm.tracing.isolation import evaluation_rng
+from pyro_lvm.tracing.plates import draws_rows
 from pyro_lvm.tracing.probe import probe_pair
 
 __all__ = ["OTHER_MODES", "QUESTIONS"]
@@ -37,18 +35,10 @@ def _subsample(subject: Subject) -> Iterator[Finding]:
     """A plate whose rows the guide draws anew, where the model has chosen them: Pyro then takes the guide's."""
     frames = {f for s in subject.pair.guide.values() if s["type"] == "sample" for f in s["cond_indep_stack"]}
     for name in sorted(f.name for f in frames if f.full_size not in (None, f.size)):
-        if _draws_rows(subject.guide, name, subject.batch) and not _draws_rows(subject.model, name, subject.batch):
+        if draws_rows(subject.guide, name, subject.batch) and not draws_rows(subject.model, name, subject.batch):
             message = f"guide plate {name!r}: expected the rows that the model names, got rows that the guide draws."
             cure = "Pyro gives them to the model, in the place of those of x: pass the same `subsample=` in the guide."
             yield finding("redrawn-subsample", message, cure, name)
-
-
-def _draws_rows(program: Model, plate: str, batch: Batch) -> bool:
-    watched, seen = noted_rows(program, plate)
-    for seed in range(4):
-        with evaluation_rng(seed):
-            watched(*batch.args)
-    return any(not torch.equal(torch.as_tensor(seen[0]), torch.as_tensor(rows)) for rows in seen[1:])
 
 
 def _looks_at_x(subject: Subject) -> Iterator[Finding]:

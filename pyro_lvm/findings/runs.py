@@ -10,14 +10,8 @@ from pyro_lvm.tracing.isolation import called_modules
 from pyro_lvm.tracing.params import module_parameters
 from pyro_lvm.tracing.probe import check_finite, run_or_explain
 from pyro_lvm.tracing.questions import parameter_names
-from pyro_lvm.tracing.sites import (
-    check_determined,
-    has_log_density,
-    is_delta,
-    match_sites,
-    outside_data,
-    outside_error,
-)
+from pyro_lvm.tracing.sites import check_determined, has_log_density, is_delta, match_sites
+from pyro_lvm.tracing.supports import outside_data, outside_error
 from pyro_lvm.training.engine import check_one_tensor_a_name
 
 __all__ = ["PLAIN", "QUESTIONS"]

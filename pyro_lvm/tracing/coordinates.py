@@ -1,6 +1,6 @@
 """The continuous latents of a pair as one vector of unconstrained coordinates for each datum, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyro_lvm.tracing.probe import Plan
 from pyro_lvm.tracing.sites import UNCONSTRAINED, check_free, is_delta, mask_of
 from pyro_lvm.tracing.weights import Proposal, check_scores
 
-__all__ = ["Axis", "Coordinates", "check_prior", "make_axis", "pair_coordinates"]
+__all__ = ["Axis", "Coordinates", "check_fixed", "check_prior", "make_axis", "pair_coordinates"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +143,7 @@ def pair_coordinates(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Co
     model_trace = run(model, batch.args, values=values)
     axes = [_axis(name, guide_trace, model_trace, layout) for name in plan.match.sampled]
     others = [_axis(name, again, model_trace, layout) for name in plan.match.sampled]
-    for axis, other in zip(axes, others, strict=True):
-        _check_fixed(axis, other, guide_trace)
+    check_fixed(axes, others, guide_trace)
     coordinates = Coordinates(layout, batch, axes)
     check_scores(Proposal(plan, guide, batch), coordinates.there_and_back)
     return coordinates
@@ -199,11 +198,18 @@ def _transform(name: str, constraint: Any) -> Any:
     return transform
 
 
-def _check_fixed(axis: Axis, other: Axis, guide: Trace) -> None:
-    """The support is the same whatever other latents are drawn."""
-    coordinates = torch.linspace(-1, 1, axis.moves.numel(), dtype=guide[axis.name]["value"].dtype)
-    u = coordinates.to(guide[axis.name]["value"].device).reshape(1, *axis.batch_shape, *axis.shape)
-    if axis.shape != other.shape or not torch.allclose(axis.transform(u), other.transform(u)):
-        cure = "Write the model with a latent of fixed support and scale it afterwards."
-        got = "one that moves with the draws of other latents"
-        raise SupportError(refuse(f"latent site {axis.name!r}", "a support that depends on x alone", got, cure))
+def check_fixed(axes: Sequence[Axis], others: Sequence[Axis], trace: Trace) -> None:
+    """The supports of two runs, of which ``trace`` is one, are the same whatever other latents are drawn.
+
+    Raises:
+        SupportError: one is not.
+    """
+    for axis, other in zip(axes, others, strict=True):
+        like = trace[axis.name]["value"]
+        u = torch.linspace(-1, 1, axis.moves.numel(), dtype=like.dtype, device=like.device)
+        u = u.reshape(1, *axis.batch_shape, *axis.shape)
+        same = axis.shape == other.shape and torch.allclose(axis.transform(u), other.transform(u), equal_nan=True)
+        if not same:
+            cure = "Write the model with a latent of fixed support and scale it afterwards."
+            got = "one that moves with the draws of other latents"
+            raise SupportError(refuse(f"latent site {axis.name!r}", "a support that depends on x alone", got, cure))

@@ -8,12 +8,14 @@ import torch
 
 from pyro_lvm._files import tensor_bytes
 from pyro_lvm._typing import Guide, Model
-from pyro_lvm.tracing.batch import Batch
+from pyro_lvm.tracing.batch import Batch, Rows
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.params import anchor
 from pyro_lvm.tracing.probe import PROBE_ROWS, run_pair
 
-__all__ = ["DataDigest", "add_values", "ends_digest", "parameter_digest"]
+__all__ = ["DataDigest", "add_values", "digest_of", "ends_digest", "parameter_digest"]
+
+_ROWS = 256  # data that are read at once
 
 
 class DataDigest:
@@ -38,6 +40,21 @@ class DataDigest:
     def hexdigest(self) -> str:
         """Of all so far."""
         return hashlib.sha256("".join(self.chains).encode()).hexdigest()
+
+
+def digest_of(source: Rows, dtype: torch.dtype | None = None, seed: int = 0) -> DataDigest:
+    """That of all data, read in pieces, with ``seed`` for those that are drawn anew; reals as ``dtype`` if given."""
+    digest = DataDigest()
+    with evaluation_rng(seed):
+        for start in range(0, len(source), _ROWS):
+            batch = source.rows(slice(start, min(start + _ROWS, len(source))))
+            digest.add(batch if dtype is None else _in_precision(batch, dtype))
+    return digest
+
+
+def _in_precision(batch: Batch, dtype: torch.dtype) -> Batch:
+    args = (a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in batch.args)
+    return Batch(tuple(args), batch.per_datum)
 
 
 def _kind(value: Any) -> str:

@@ -7,7 +7,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-__all__ = ["drawn_plates", "noted_rows", "weighed_latents"]
+__all__ = ["noted_rows", "weighed_latents"]
 
 Program = Callable[..., Any]
 
@@ -49,18 +49,6 @@ class _NoteRows(Messenger):
             self.seen.append(msg["value"])
 
 
-class _NoteDraws(Messenger):
-    """Notes the plates that take a part of their rows, which nobody has chosen."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size not in (None, msg["fn"].size):
-            self.names.add(msg["name"])
-
-
 def weighed_latents(model: Program, guide: Program, factor: float | torch.Tensor) -> tuple[Program, Program]:
     """The pair with log p(z) and log q(z | x) multiplied by ``factor``; the guide is to run first.
 
@@ -74,12 +62,6 @@ def noted_rows(program: Program, plate: str) -> tuple[Program, list[torch.Tensor
     """``program``, and the list to which each run of it adds the rows that ``plate`` takes."""
     seen: list[torch.Tensor] = []
     return _under(_NoteRows(plate, seen), program), seen
-
-
-def drawn_plates(program: Program) -> tuple[Program, set[str]]:
-    """``program``, and the set to which each run of it adds the plates that draw a subsample by themselves."""
-    names: set[str] = set()
-    return _under(_NoteDraws(names), program), names
 
 
 def _under(handler: Messenger, program: Program) -> Program:

@@ -5,7 +5,6 @@ import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,9 @@ __all__ = [
     "evaluation_rng",
     "forked_rng",
     "generator_states",
-    "part_is_welcome",
     "set_generators",
     "uncalled_copy",
     "validation",
-    "whole_results",
 ]
 
 
@@ -157,24 +154,6 @@ def eval_mode(*programs: Callable[..., Any] | None) -> Iterator[list[torch.nn.Mo
         hook.remove()
         for module in switched:
             module.training = True
-
-
-_whole = ContextVar("whole results only", default=False)
-
-
-@contextmanager
-def whole_results() -> Iterator[None]:
-    """Inside, Ctrl-C ends an estimate, which else returns what is finished: for whoever could not tell."""
-    token = _whole.set(True)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
-
-
-def part_is_welcome() -> bool:
-    """Whether an estimate that is interrupted is to return what is finished."""
-    return not _whole.get()
 
 
 @contextmanager

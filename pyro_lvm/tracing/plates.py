@@ -1,17 +1,30 @@
 """Which plate holds the data. Decided from traces of the pair at two sizes of the data, never from a chunk of x."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from pyro_lvm._checks import refuse
-from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import PlateError, SiteError
 from pyro_lvm.tracing.batch import Batch
-from pyro_lvm.tracing.handlers import drawn_plates
+from pyro_lvm.tracing.handlers import noted_rows
 from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run
+from pyro_lvm.tracing.isolation import evaluation_rng
 
-__all__ = ["check_enclosed", "check_whole", "common_plates", "find_guide_plate", "find_plate", "nesting", "site_table"]
+__all__ = [
+    "check_enclosed",
+    "check_whole",
+    "common_plates",
+    "draws_rows",
+    "find_guide_plate",
+    "find_plate",
+    "nesting",
+    "site_table",
+]
 
+Program = Callable[..., Any]
+_RUNS = 8  # a plate of two rows that takes one of them would often take the same in two
 _CURE = (
     'Name the plate with data_plate="...", put every site inside one plate of size len(x), '
     "or ask for one joint result with data_plate=None."
@@ -108,23 +121,30 @@ def _why_no_plate(fitting: list[str], names: list[str], trace: Trace, num_data: 
     return f"data plate: expected one plate around every observed site, got none. {_CURE}"
 
 
-def check_whole(model: Model, guide: Guide, model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
+def check_whole(programs: Mapping[str, tuple[Program, Trace]], batch: Batch) -> None:
     """No plate draws which of its rows count: log p(x, z) would be that of other rows in each run.
 
     Raises:
         PlateError: one does.
     """
-    sites = (site for trace in (model_trace, guide_trace) for site in trace.values())
-    if all(f.full_size in (None, f.size) for site in sites for f in site.get("cond_indep_stack", ())):
-        return
-    values = {n: s["value"] for n, s in guide_trace.items() if is_latent(s)}
-    for name, program, given in (("model", model, values), ("guide", guide, {})):
-        watched, drawn = drawn_plates(program)
-        run(watched, batch.args, values=given)
-        for plate in sorted(drawn):
-            cure = "Leave subsample_size out for an estimate, or pass x of these rows and `subsample=` their indices."
-            expected, got = "all of its rows, or rows that are named", "rows that it draws anew in each run"
-            raise PlateError(refuse(f"{name} plate {plate!r}", expected, got, cure), "data-plate")
+    for name, (program, trace) in programs.items():
+        frames = {f for site in trace.values() for f in site.get("cond_indep_stack", ())}
+        for plate in sorted(f.name for f in frames if f.full_size not in (None, f.size)):
+            if draws_rows(program, plate, batch):
+                expected, got = "all of its rows, or rows that are named", "rows that it draws anew in each run"
+                cure = (
+                    "Leave subsample_size out for an estimate, or pass x of these rows and `subsample=` their numbers."
+                )
+                raise PlateError(refuse(f"{name} plate {plate!r}", expected, got, cure), "data-plate")
+
+
+def draws_rows(program: Program, plate: str, batch: Batch) -> bool:
+    """Whether a plate takes other rows from run to run."""
+    watched, seen = noted_rows(program, plate)
+    for seed in range(_RUNS):
+        with evaluation_rng(seed):
+            run(watched, batch.args)
+    return any(not torch.equal(torch.as_tensor(seen[0]), torch.as_tensor(rows)) for rows in seen[1:])
 
 
 def check_enclosed(plate: str, trace: Trace, program: str, names: Iterable[str]) -> None:

@@ -27,9 +27,9 @@ from pyro_lvm.tracing.sites import (
     check_shapes,
     check_spread,
     guide_sites,
-    has_bounded_data,
     match_sites,
 )
+from pyro_lvm.tracing.supports import has_bounded_data
 
 __all__ = [
     "MISMATCH",
@@ -128,7 +128,7 @@ def probe_pair(
         runs, tied = _plain_runs(model, guide, data, data_plate)
         first = runs[0]
         check_finite(first)
-        check_whole(model, guide, first.model, first.guide, first.batch)
+        check_whole({"model": (model, first.model), "guide": (guide, first.guide)}, first.batch)
         match = match_sites(first.model, first.guide)
         hidden = bool(check_determined(guide, first.batch.args, first.guide))
         depth = nesting(first.model, first.guide)

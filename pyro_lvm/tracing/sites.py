@@ -16,7 +16,6 @@ from pyro_lvm.tracing.intercept import (
     base_distribution,
     bounds,
     element_constraint,
-    in_words,
     is_factor,
     is_latent,
     is_observed,
@@ -38,13 +37,10 @@ __all__ = [
     "check_shapes",
     "check_spread",
     "guide_sites",
-    "has_bounded_data",
     "has_log_density",
     "is_delta",
     "mask_of",
     "match_sites",
-    "outside_data",
-    "outside_error",
 ]
 
 #: Largest number of joint values of the latent sites that are enumerated because the guide lacks them.
@@ -367,34 +363,3 @@ def _cuts(outer: Bounds, inner: Bounds) -> bool:
         return False
     low, high = (torch.as_tensor(outer[i]) for i in (0, 1))
     return bool((torch.as_tensor(inner[0]) > low).any() or (torch.as_tensor(inner[1]) < high).any())
-
-
-def has_bounded_data(trace: Trace) -> bool:
-    """Whether an observed site has a support that a value could lie outside of."""
-    constraints = [support(s["fn"]) for s in trace.values() if is_observed(s)]
-    return any(c is not None and not is_real(c) for c in constraints)
-
-
-def outside_data(trace: Trace) -> dict[str, torch.Tensor]:
-    """Observed sites whose value lies outside the likelihood's support, with where; masked elements do not count."""
-    found = {}
-    for name, site in trace.items():
-        if is_observed(site):
-            outside = outside_support(site["fn"], site["value"])
-            mask = site["mask"]
-            outside = outside if mask is None else outside & torch.as_tensor(mask, device=outside.device)
-            if bool(outside.any()):
-                found[name] = outside
-    return found
-
-
-def outside_error(site: Site, where: str = "") -> SupportError:
-    """The error for an observed site that `outside_data` has named."""
-    constraint, value = element_constraint(support(site["fn"])), site["value"]
-    outside = value[~constraint.check(value)]  # numbers, or vectors where a constraint is of a whole vector
-    example = next((each for each in outside if not each.isnan().any()), outside[0]).tolist()
-    return SupportError(
-        f"observed site {site['name']!r}: expected values in {in_words(constraint)}, got {example}{where}. Transform "
-        "the data (grey pixels under a Bernoulli: binarise them) or take another likelihood: no density is there.",
-        finding="data-outside-support",
-    )

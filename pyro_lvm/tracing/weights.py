@@ -10,12 +10,13 @@ from pyro_lvm._checks import check_positive_int, data_tensor, refuse
 from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike, Vectorize
 from pyro_lvm.errors import SiteError
 from pyro_lvm.tracing.batch import Batch, DataArgs, make_batch
-from pyro_lvm.tracing.intercept import Site, Values, bounds, is_latent, run, support
+from pyro_lvm.tracing.intercept import Values, is_latent, run
 from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.params import evaluation_store
 from pyro_lvm.tracing.particles import Draws, Latent, Runner, draw_from
 from pyro_lvm.tracing.probe import Plan, empty_guide, probe_pair, run_pair
-from pyro_lvm.tracing.sites import guide_sites, outside_data, outside_error
+from pyro_lvm.tracing.sites import guide_sites
+from pyro_lvm.tracing.supports import outside_data, outside_error, support_moves
 from pyro_lvm.tracing.tables import Table
 
 __all__ = [
@@ -136,19 +137,13 @@ def check_data(plan: Plan, model: Model, guide: Guide, batch: Batch, first_row: 
         other = run_pair(model, guide, batch).model if found else trace
     for name, outside in found.items():
         site, dim = trace[name], plan.model_layout.dim
-        if _support_moves(site, other[name]):  # then it is latents that are out of place, and weigh nothing
+        if support_moves(site, other[name]):  # such draws weigh nothing
             continue
         where = ""
         if dim is not None and outside.dim() >= -dim:
             rows = outside.nonzero()[:, dim].unique()
             where = f" ({len(rows)} of {len(batch)} data, the first of them row {first_row + int(rows[0])})"
         raise outside_error(site, where)
-
-
-def _support_moves(one: Site, other: Site) -> bool:
-    """Whether the support of a site is another where latents are."""
-    ends, others = (bounds(support(site["fn"])) or () for site in (one, other))
-    return any(not torch.equal(*map(torch.as_tensor, pair)) for pair in zip(ends, others, strict=True))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from pyro_lvm.tracing.intercept import (
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.plates import find_guide_plate, find_plate
 from pyro_lvm.tracing.probe import MISMATCH, Run, run_or_explain, run_pair
-from pyro_lvm.tracing.sites import outside_data, outside_error
+from pyro_lvm.tracing.supports import outside_data, outside_error
 
 __all__ = ["check_follows_batches", "explained", "outside_sites", "why_nonfinite"]
 

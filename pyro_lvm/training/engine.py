@@ -16,18 +16,12 @@ from pyro.optim import PyroOptim
 from pyro.params import param_with_module_name
 
 from pyro_lvm._checks import refuse, shown
+from pyro_lvm._interrupts import whole_results
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import DataTypeError, ParameterError
 from pyro_lvm.objectives.importance_weighted import BASELINE, ImportanceWeightedELBO
 from pyro_lvm.ops.memory import keep_freed_memory
-from pyro_lvm.tracing.isolation import (
-    called_modules,
-    eval_mode,
-    generator_states,
-    set_generators,
-    validation,
-    whole_results,
-)
+from pyro_lvm.tracing.isolation import called_modules, eval_mode, generator_states, set_generators, validation
 from pyro_lvm.tracing.params import add_to_store, anchor, current_params
 from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.training.batches import Batches

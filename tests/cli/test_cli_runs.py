@@ -51,6 +51,11 @@ class Guide(torch.nn.Module):
     def forward(self, x):
         return self.q(x)
 
+def sinking(x):
+    global left
+    model(x)
+    pyro.factor("depth", torch.tensor(0.0 if left > 10**9 - 80 else float("nan")))
+
 def raising(x):
     raise ZeroDivisionError("of my own")
 """
@@ -304,6 +309,15 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_parameters(own, monkeypa
     whole = params(Path("whole"))
     assert whole.keys() == content["params"].keys()
     assert all(value.equal(content["params"][name]) for name, value in whole.items())
+
+
+@pytest.mark.filterwarnings("ignore:training stopped")
+def test_a_loss_that_ends_as_nan_fails(own, capsys):
+    """What it has learned before is there, and `train && evaluate` stops."""
+    words = f"train --data x.npy --model {own}:sinking --guide {own}:guide --steps 200 --batch-size 16 --out run"
+    assert main(words.split()) == 1
+    assert "stopped by nonfinite" in capsys.readouterr().out
+    assert Path("run/pair.pt").exists()
 
 
 @pytest.mark.slow

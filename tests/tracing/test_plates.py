@@ -401,6 +401,20 @@ def test_python_control_flow_takes_its_own_branch_for_each_particle(vectorize: A
         torch.testing.assert_close(table[:, 0], dist.Normal(loc.abs(), SIGMA).log_prob(x))
 
 
+def test_a_branch_on_all_particles_of_a_single_datum_is_looped() -> None:
+    """There are no other data that it could couple, and few particles may all lie on one side."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, SIGMA if z.mean() > 0 else 2 * SIGMA), obs=x)
+
+    for x in torch.linspace(-0.5, 0.5, 5, dtype=torch.float64):  # whose posterior has less or more on one side
+        with validation(False):
+            plan = probe_pair(model, normal_guide, make_batch(x[None], ()))
+        assert plan.model_mode == "looped"
+
+
 def test_python_control_flow_on_a_sum_couples_the_data() -> None:
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):

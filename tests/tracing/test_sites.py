@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import autoguide
 
 from pyro_lvm.errors import DataTypeError, ParameterError, PlateError, ShapeError, SiteError, SupportError
-from pyro_lvm.evidence import importance
+from pyro_lvm.evidence import importance, pooled
 from pyro_lvm.tracing import log_weights
 from tests.references import SIGMA, data, normal_guide, normal_model, posterior
 
@@ -789,3 +789,38 @@ def test_certain_bits_are_no_lost_spread() -> None:
     x = data(3)
     result = importance(partial(program, observe=True), partial(program, observe=False), x)
     torch.testing.assert_close(result.value, dist.Normal(1.0, SIGMA).log_prob(x))
+
+
+# --- supports that move -----------------------------------------------------------------------------------------------
+
+
+def within(x: torch.Tensor, observe: bool) -> None:
+    """x ~ U(0, z) with z ~ Gamma(2, 1): p(x) is the integral of exp(-z) from x on."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Gamma(x.new_tensor(2.0), 1.0))
+        if observe:
+            pyro.sample("x", dist.Uniform(x.new_zeros(()), z), obs=x)
+
+
+def test_latents_out_of_reach_of_the_data_weigh_nothing() -> None:
+    x = torch.tensor([0.1, 0.5, 1.5, 3.0], dtype=torch.float64)
+    result = importance(partial(within, observe=True), partial(within, observe=False), x, num_particles=10_000, seed=0)
+    assert bool(((result.value + x).abs() < 5 * result.stderr).all())
+
+
+def test_data_outside_a_fixed_support_are_refused_beside_it() -> None:
+    def model(x: torch.Tensor) -> None:
+        within(x, observe=True)
+        with pyro.plate("more", len(x)):
+            pyro.sample("y", dist.Uniform(x.new_zeros(()), 1.0), obs=x)
+
+    with pytest.raises(SupportError, match=r"'y'.*got 3"):
+        importance(model, partial(within, observe=False), torch.tensor([0.5, 3.0]).double(), data_plate=None)
+
+
+def test_a_guide_with_one_joint_site_is_told_which_has_one_for_each() -> None:
+    guide = autoguide.AutoMultivariateNormal(partial(within, observe=True))
+    x = data(3).abs()
+    guide(x)
+    with pytest.raises(SiteError, match="AutoNormal"):
+        pooled(partial(within, observe=True), [guide, None], x, data_plate=None)

@@ -18,7 +18,9 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_lvm.errors import PlateError, PyroLVMError, SiteError, SupportError
-from pyro_lvm.models import BinaryLatent, GaussianMixture, NormalizingFlow
+from pyro_lvm.evidence import importance
+from pyro_lvm.guides import DiagonalNormal
+from pyro_lvm.models import BinaryLatent, DeepGaussian, GaussianMixture, NormalizingFlow
 from pyro_lvm.tracing import log_weights
 from pyro_lvm.training import fit
 
@@ -361,6 +363,12 @@ def test_data_of_another_dtype_get_a_note():
     with pytest.raises(RuntimeError, match="dtype") as caught:
         fit(NormalizingFlow(3), None, data().double(), num_steps=1)
     assert "x is float64 and the parameters are float32" in caught.value.__notes__[0]
+
+
+def test_integers_get_a_note():
+    with pytest.raises(RuntimeError, match="dtype") as caught:
+        importance(DeepGaussian(3, 3), DiagonalNormal(3, torch.nn.Linear(3, 6)), data().int())
+    assert caught.value.__notes__ == ["x is int32 and the parameters are float32: pass x.float()."]
 
 
 def test_without_a_guide_a_model_is_trained_by_its_own_density():
