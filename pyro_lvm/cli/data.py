@@ -41,7 +41,8 @@ class Data:
         train: ``(N, ...)``, or a data set whose images are made binary anew at each access.
         test: ``(N_test, ...)``.
         images: whether a datum is an image.
-        levels: what the values are if that is known beforehand: ``"counts"`` for 0 to 16, else empty.
+        levels: what the values are if that is known beforehand: ``"counts"`` for 0 to 16, ``"bytes"`` for pixels of 0
+            to 255, else empty.
         options: those that the data were loaded with, for another process to load them again.
         note: what was done to the numbers of a file, or empty.
     """
@@ -187,7 +188,8 @@ def _toy(name: str, options: Mapping[str, Any]) -> Data:
 def _file(path: Path, options: Mapping[str, Any], whole: bool) -> Data:
     given = _given(options)
     x, note = read_file(path)
-    return _split(x, path, given, options["split_seed"], whole, images=False, note=note)
+    levels = "bytes" if x.dim() > 2 and note.startswith("uint8") else ""
+    return _split(x, path, given, options["split_seed"], whole, images=bool(levels), levels=levels, note=note)
 
 
 def _folder(path: Path, options: Mapping[str, Any], whole: bool) -> Data:
@@ -198,16 +200,16 @@ def _folder(path: Path, options: Mapping[str, Any], whole: bool) -> Data:
         raise DataTypeError(refuse("--binarize", "none or threshold for a folder of images", binarize, cure))
     x = read_images(path, given["size"])
     x = (x > 0.5).float() if binarize == "threshold" else x
-    return _split(x, path, given, options["split_seed"], whole, images=True, note="")
+    return _split(x, path, given, options["split_seed"], whole, images=True, levels="", note="")
 
 
 def _split(
-    x: torch.Tensor, path: Path, given: dict[str, Any], seed: int, whole: bool, *, images: bool, note: str
+    x: torch.Tensor, path: Path, given: dict[str, Any], seed: int, whole: bool, *, images: bool, levels: str, note: str
 ) -> Data:
     """Data in a random order, cut in two."""
     kept: dict[str, Any] = {"data": os.path.abspath(path), **given, "split_seed": seed}
     if whole:
-        return Data(x[:0], _noted(x, kept), images, "", kept, note)
+        return Data(x[:0], _noted(x, kept), images, levels, kept, note)
     kept["test_share"] = share = given.get("test_share", _DEFAULTS["test_share"])
     num_test = round(share * len(x))
     if not 0 < num_test < len(x):
@@ -216,7 +218,7 @@ def _split(
         raise DatasetError(refuse(str(path), "data to train on and data to hold out", f"{got} held out", cure))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     train, test = x[order[num_test:]], x[order[:num_test]]
-    return Data(_noted(train, kept), _noted(test, kept), images, "", kept, note)
+    return Data(_noted(train, kept), _noted(test, kept), images, levels, kept, note)
 
 
 def _noted(x: torch.Tensor, kept: Mapping[str, Any]) -> torch.Tensor:

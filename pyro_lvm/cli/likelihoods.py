@@ -26,8 +26,8 @@ NAMES = tuple(f"{name}:N" if counted else name for name, (_, counted) in _KINDS.
 def fitting_likelihood(data: Data) -> str:
     """The likelihood that is taken if none is named.
 
-    Zeros and ones are Bernoulli, grey levels of 0 to 16 binomial, other counts Poisson; images of real numbers have one
-    standard deviation for all pixels, other real numbers one each.
+    Zeros and ones are Bernoulli, grey levels of 0 to 16 binomial, images of uint8 a discretized logistic, other counts
+    Poisson; images of real numbers have one standard deviation for all pixels, other real numbers one each.
 
     Example:
         >>> from pyro_lvm.cli.data import load_data
@@ -39,6 +39,8 @@ def fitting_likelihood(data: Data) -> str:
         return "bernoulli"
     if data.levels == "counts":
         return "binomial:16"
+    if data.levels == "bytes":
+        return "discretized_logistic:256"
     if bool(((x >= 0) & (x == x.round())).all()):
         return "poisson"
     return "shared_normal" if data.images else "normal"

@@ -15,6 +15,7 @@ from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.evidence.columns import COLUMNS
 from pyro_lvm.evidence.verdict import data_in_words, doubt, is_joint, status_shares, verdict
+from pyro_lvm.ops import khat_threshold
 
 if TYPE_CHECKING:
     import xarray
@@ -162,7 +163,9 @@ class LogMarginal:
         khat = self.khat[~self.khat.isnan()]
         tail = "no k-hat"
         if len(khat):
-            tail = f"k-hat median {khat.median():.2f}, above 0.7 for {float((khat > 0.7).double().mean()):.1%}"
+            limit = khat_threshold(int(self.particles.min()))  # as in `plots.khat`
+            above = float((khat > limit).double().mean())
+            tail = f"k-hat median {khat.median():.2f}, above {limit:.2g} for {above:.1%}"
         efficiency = f"ESS/K median {float(self.efficiency.median()):.2f};  " if self.num_particles > 1 else ""
         shares = ", ".join(f"{word} {share:.1%}" for word, share in self.status_shares().items())
         data = data_in_words(len(self), self.provenance)

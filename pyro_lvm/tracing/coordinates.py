@@ -14,7 +14,8 @@ from pyro_lvm.tracing.intercept import Site, Trace, bijection, is_latent, run, s
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.particles import Draws, Latent, Layout
 from pyro_lvm.tracing.probe import Plan
-from pyro_lvm.tracing.sites import UNCONSTRAINED, check_free, is_delta, mask_of
+from pyro_lvm.tracing.sites import check_free, is_delta, mask_of
+from pyro_lvm.tracing.unconstrained import Way, determined, ways_back
 from pyro_lvm.tracing.weights import Proposal, check_scores
 
 __all__ = ["Axis", "Coordinates", "check_fixed", "check_prior", "make_axis", "pair_coordinates"]
@@ -30,7 +31,6 @@ class Axis:
         batch_shape: of the site's plates, with as many dimensions as the pair's plates use.
         shape: of the coordinates of one element of the plates.
         rank: number of batch dimensions that the site's own plates use.
-        drawn: name of the guide site that draws the coordinates themselves, or None where it draws values.
         moves: which coordinates have a density, ``(*batch_shape, *shape)``; masked ones have none.
     """
 
@@ -39,7 +39,6 @@ class Axis:
     batch_shape: torch.Size
     shape: torch.Size
     rank: int
-    drawn: str | None
     moves: torch.Tensor
 
 
@@ -48,16 +47,17 @@ class Coordinates:
 
     Attributes:
         axes: the sites.
+        ways: auxiliary sites of a guide that draws coordinates themselves, and the way back to these.
         num_data: N.
         dim: D.
         moves: which coordinates have a density, ``(N, D)``.
     """
 
-    def __init__(self, layout: Layout, batch: Batch, axes: list[Axis]) -> None:
+    def __init__(self, layout: Layout, batch: Batch, axes: list[Axis], ways: Mapping[str, Way] | None = None) -> None:
         if layout.plate is not None and layout.dim is None:
             cure = f'Write `with pyro.plate("{layout.plate}", len(x)):`, or ask for one result with data_plate=None.'
             raise PlateError(refuse(f"plate {layout.plate!r}", "a plate with a dimension", "a Python loop", cure))
-        self.layout, self.axes, self.num_data = layout, axes, layout.num_data(batch)
+        self.layout, self.axes, self.ways, self.num_data = layout, axes, ways or {}, layout.num_data(batch)
         self.sizes = [axis.moves.numel() // self.num_data for axis in axes]
         self.dim = sum(self.sizes)
         nothing = torch.empty(self.num_data, 0, dtype=torch.bool, device=batch.args[0].device)
@@ -75,18 +75,20 @@ class Coordinates:
 
     def guide_draws(self, u: torch.Tensor, draws: Draws) -> Draws:
         """What the guide is to be handed to score them: the coordinates themselves where it draws these."""
-        own = {axis.drawn: Latent(part, axis.rank) for axis, part in self._split(u) if axis.drawn is not None}
-        return {axis.name: draws[axis.name] for axis in self.axes if axis.drawn is None} | own
+        own = {axis.name: Latent(part, axis.rank) for axis, part in self._split(u)}
+        made = {name: way.join([own[latent] for latent in way.inverses]) for name, way in self.ways.items()}
+        return made | {name: draws[name] for name in own.keys() - determined(self.ways)}
 
     def vector(self, draws: Mapping[str, Latent]) -> torch.Tensor:
         """u of given values, ``(K, N, D)``."""
+        shapes = {axis.name: axis.batch_shape + axis.shape for axis in self.axes}
+        known: dict[str, torch.Tensor] = {}
+        for name, way in self.ways.items():
+            known |= way.split(draws[name], shapes) if name in draws else {}
         parts = []
         for axis in self.axes:
-            if axis.drawn is not None and axis.drawn in draws:
-                own = draws[axis.drawn].value
-            else:
-                own = axis.transform.inv(draws[axis.name].value)
-            parts.append(self._rows(own.expand((len(own), *axis.batch_shape, *axis.shape))))
+            own = known[axis.name] if axis.name in known else axis.transform.inv(draws[axis.name].value)
+            parts.append(self._rows(own.expand((len(own), *shapes[axis.name]))))
         return torch.cat(parts, -1)
 
     def there_and_back(self, draws: Draws) -> Draws:
@@ -111,7 +113,7 @@ class Coordinates:
         return part.reshape(len(part), self.num_data, *others, *axis.shape).movedim(1, 1 + data)
 
 
-def make_axis(name: str, site: Site, transform: Any, layout: Layout, drawn: str | None = None) -> Axis:
+def make_axis(name: str, site: Site, transform: Any, layout: Layout) -> Axis:
     """The axis of a site of a plain run, whose values ``transform`` makes from coordinates."""
     value, event_dim = site["value"], site["fn"].event_dim
     own = value.shape[: value.dim() - event_dim]
@@ -120,7 +122,7 @@ def make_axis(name: str, site: Site, transform: Any, layout: Layout, drawn: str 
     mask = mask_of(site).to(value.device)
     moves = mask.reshape((*mask.shape, *(1,) * len(shape))).expand((*batch_shape, *shape))
     rank = max((-frame.dim for frame in vectorised_frames(site)), default=0)
-    return Axis(name, transform, batch_shape, shape, rank, drawn, moves)
+    return Axis(name, transform, batch_shape, shape, rank, moves)
 
 
 def pair_coordinates(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Coordinates:
@@ -141,10 +143,11 @@ def pair_coordinates(plan: Plan, model: Model, guide: Guide, batch: Batch) -> Co
     guide_trace, again = run(guide, batch.args), run(guide, batch.args)
     values = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
     model_trace = run(model, batch.args, values=values)
-    axes = [_axis(name, guide_trace, model_trace, layout) for name in plan.match.sampled]
-    others = [_axis(name, again, model_trace, layout) for name in plan.match.sampled]
+    ways = ways_back(guide_trace, model_trace, layout)
+    axes = [_axis(name, guide_trace, model_trace, layout, ways) for name in plan.match.sampled]
+    others = [_axis(name, again, model_trace, layout, ways) for name in plan.match.sampled]
     check_fixed(axes, others, guide_trace)
-    coordinates = Coordinates(layout, batch, axes)
+    coordinates = Coordinates(layout, batch, axes, ways)
     check_scores(Proposal(plan, guide, batch), coordinates.there_and_back)
     return coordinates
 
@@ -169,20 +172,14 @@ def check_prior(model: Model, prior: Guide, batch: Batch) -> None:
                     raise SupportError(refuse(f"latent site {name!r}", "a prior density", got, cure))
 
 
-def _axis(name: str, guide: Trace, model: Trace, layout: Layout) -> Axis:
+def _axis(name: str, guide: Trace, model: Trace, layout: Layout, ways: Mapping[str, Way]) -> Axis:
     site = guide[name]
     if not is_delta(site):
         return make_axis(name, site, _transform(name, support(site["fn"])), layout)
-    if name + UNCONSTRAINED not in guide:
-        cure = "Sample it from a distribution with a log_prob; of AutoGuides use AutoNormal, which has a site for each."
+    if name not in determined(ways):
+        cure = "Sample it from a distribution with a log_prob, or draw its unconstrained coordinates as AutoGuides do."
         raise SiteError(refuse(f"guide site {name!r}", "a density", "a Delta, made of draws from elsewhere", cure))
-    transform = _transform(name, support(model[name]["fn"]))
-    axis = make_axis(name, site, transform, layout, name + UNCONSTRAINED)
-    expected = transform(guide[name + UNCONSTRAINED]["value"])
-    if not torch.allclose(expected, site["value"], rtol=1e-4, atol=1e-6):
-        cure = "Sample the site itself from a distribution with a log_prob."
-        raise SiteError(refuse(f"guide site {name!r}", f"{transform} of {axis.drawn!r}", "another function", cure))
-    return axis
+    return make_axis(name, site, _transform(name, support(model[name]["fn"])), layout)
 
 
 def _transform(name: str, constraint: Any) -> Any:

@@ -2,25 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch.distributions import Transform
 
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import ParameterError, SiteError
 from pyro_lvm.tracing.batch import Batch, Rows
-from pyro_lvm.tracing.intercept import bijection, is_latent, support
-from pyro_lvm.tracing.particles import Draws, Latent
+from pyro_lvm.tracing.particles import Draws
 from pyro_lvm.tracing.probe import PROBE_ROWS, Plan, run_pair
 from pyro_lvm.tracing.tables import Table, agree
+from pyro_lvm.tracing.unconstrained import Way, scored, ways_back
 from pyro_lvm.tracing.weights import Proposal, check_scores, joint_table
 
 __all__ = ["Member", "Mixture", "fit_together"]
 
 _PARTICLES = 3
 _SCORE_BYTES = 40  # of one density of one draw, in the tables that are made of it
-_NEAR = 1e-3  # relative: what a way through float32 bijections and back may change, and no other density is within
 
 
 @dataclass(frozen=True)
@@ -32,8 +27,8 @@ class Member:
         model: p(x, z).
         guide: q(z | x).
         plan: how they run.
-        inverses: auxiliary site -> the latent that it determines, and the way back. An ``AutoNormal`` draws in
-            unconstrained coordinates, and has a density at the draws of others once these are known there.
+        ways: auxiliary site -> the way back. An AutoGuide draws in unconstrained coordinates, and has a density at the
+            draws of others once these are known there.
         is_prior: whether it is the model's own prior, which nobody takes for the posterior.
     """
 
@@ -41,15 +36,12 @@ class Member:
     model: Model
     guide: Guide
     plan: Plan
-    inverses: Mapping[str, tuple[str, Transform]]
+    ways: Mapping[str, Way]
     is_prior: bool
 
     def given(self, draws: Draws) -> Draws:
         """Latents that any guide has drawn, in the form in which this one scores them."""
-        ways = self.inverses.items()
-        back = {name: Latent(way(draws[of].value), draws[of].rank) for name, (of, way) in ways}
-        determined = [of for _, (of, _) in ways]  # which follow, to the last bit, from the auxiliary draws
-        return back | {name: draws[name] for name in self.plan.match.sampled if name not in determined}
+        return scored(self.ways, self.plan.match.sampled, draws)
 
 
 class Mixture:
@@ -84,7 +76,8 @@ def fit_together(members: Sequence[Member], data: Rows) -> tuple[Member, ...]:
     joined = []
     for member in members:
         plan = replace(_nested(member.plan, nesting), tied=tied, bytes_per_particle=largest)
-        joined.append(replace(member, plan=plan, inverses=_inverses(member, batch)))
+        pair = run_pair(member.model, member.guide, batch)
+        joined.append(replace(member, plan=plan, ways=ways_back(pair.guide, pair.model, plan.guide_layout)))
         try:
             check_scores(Proposal(plan, member.guide, batch), joined[-1].given)
         except SiteError as error:
@@ -117,32 +110,6 @@ def _nested(plan: Plan, nesting: int) -> Plan:
     layouts = [replace(layout, nesting=nesting) for layout in (plan.model_layout, plan.guide_layout)]
     guide_mode = plan.guide_mode if plan.guide_mode == "once" else "looped"
     return replace(plan, model_layout=layouts[0], guide_layout=layouts[1], model_mode="looped", guide_mode=guide_mode)
-
-
-def _inverses(member: Member, batch: Batch) -> dict[str, tuple[str, Transform]]:
-    """The way from a latent back to the auxiliary draw that determined it, as far as it is the usual bijection."""
-    pair = run_pair(member.model, member.guide, batch)
-    found = {}
-    for name, site in pair.guide.items():
-        if not (is_latent(site) and site["infer"].get("is_auxiliary")):
-            continue
-        for latent in member.plan.match.sampled:
-            way = _to_unconstrained(pair.model[latent]["fn"])
-            if way is not None and _near(way(pair.guide[latent]["value"]), site["value"]):
-                found[name] = latent, way
-    return found
-
-
-def _to_unconstrained(fn: Any) -> Transform | None:
-    constraint = support(fn)
-    if constraint is None or constraint.is_discrete:
-        return None
-    way = bijection(constraint)
-    return None if way is None else way.inv
-
-
-def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and bool(((one - other).abs() <= _NEAR * other.abs().clamp(min=1.0)).all())
 
 
 def _check_one_model(members: Sequence[Member], batch: Batch) -> None:

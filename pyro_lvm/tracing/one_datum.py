@@ -17,7 +17,8 @@ from pyro_lvm.tracing.intercept import Trace, is_latent, run, support
 from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.particles import Latent, Mode, Runner
 from pyro_lvm.tracing.probe import Plan, probe_pair
-from pyro_lvm.tracing.sites import UNCONSTRAINED, guide_sites, is_delta
+from pyro_lvm.tracing.sites import guide_sites, is_delta
+from pyro_lvm.tracing.unconstrained import determined, scored, ways_back
 from pyro_lvm.tracing.weights import Proposal, check_data, evaluation
 
 __all__ = ["PairAtDatum", "pair_at"]
@@ -65,7 +66,10 @@ class PairAtDatum:
         self.names = [n if size == 1 else f"{n}[{i}]" for n, size in sizes.items() for i in range(size)]
         for name in self._like:
             _check_continuous(name, self._prior)
-        self._transformed = _transformed(self._like, guide_trace)
+        self._ways = ways_back(guide_trace, self._prior, plan.guide_layout)
+        made = determined(self._ways)
+        if elsewhere := [name for name in self._like if is_delta(guide_trace[name]) and name not in made]:
+            raise SiteError(_no_density(elsewhere, "a Delta, made of draws from elsewhere"))
 
     def guide_draws(self, num_draws: int) -> torch.Tensor:
         """Latents drawn from q(z | x), ``(num_draws, d)``."""
@@ -91,7 +95,7 @@ class PairAtDatum:
         mode = "vectorised" if self.plan.guide_mode == "once" else self.plan.guide_mode
         runner = Runner(self.guide, self.plan.guide_layout, guide_sites, check_support=frozenset(self._like))
         try:
-            if self._transformed:
+            if self._ways:
                 return self._in_chunks(points, lambda part: self._log_transformed(runner, mode, part))
             return self._in_chunks(points, lambda part: self._total(runner, mode, self._draws(part)))
         except (KeyError, NotImplementedError) as error:
@@ -125,13 +129,13 @@ class PairAtDatum:
         return total
 
     def _log_transformed(self, runner: Runner, mode: Mode, points: torch.Tensor) -> torch.Tensor:
-        """log q(z | x) of a guide that draws each site in unconstrained coordinates, as an AutoNormal does."""
-        wanted, given = self._draws(points), {}
+        """log q(z | x) of a guide that draws each site in unconstrained coordinates, as AutoGuides do."""
+        wanted = self._draws(points)
         inside = torch.ones(len(points), dtype=torch.bool, device=self.batch.args[0].device)
         for name, latent in wanted.items():
             constraint = support(self._prior[name]["fn"])
             inside &= constraint.check(latent.value).reshape(len(points), -1).all(1)
-            given[name + UNCONSTRAINED] = Latent(biject_to(constraint).inv(latent.value), latent.rank)
+        given = scored(self._ways, list(wanted), wanted)
         table, got = runner.run(self.batch, mode, len(points), given)
         same = [torch.isclose(got[n].value, latent.value, 1e-3, 1e-5) for n, latent in wanted.items()]
         if not all(bool(each.reshape(len(points), -1).all(1)[inside].all()) for each in same):
@@ -161,18 +165,6 @@ def _is_surface(constraint: Any, shape: torch.Size) -> bool:
         return biject_to(constraint).inverse_shape(shape) != shape
     except NotImplementedError:  # torch cannot unfold the support of a mixture, which is none
         return False
-
-
-def _transformed(latents: Any, guide: Trace) -> bool:
-    """Whether the guide's sites are `Delta` around draws of their unconstrained coordinates.
-
-    Raises:
-        SiteError: they are `Delta` around anything else.
-    """
-    deltas = [name for name in latents if is_delta(guide[name])]
-    if deltas and not (len(deltas) == len(latents) and all(name + UNCONSTRAINED in guide for name in deltas)):
-        raise SiteError(_no_density(deltas, "a Delta, made of draws from elsewhere"))
-    return bool(deltas)
 
 
 def _no_density(names: list[str], got: str) -> str:

@@ -30,7 +30,6 @@ from pyro_lvm.tracing.isolation import evaluation_rng
 
 __all__ = [
     "MAX_SUPPORT",
-    "UNCONSTRAINED",
     "Match",
     "check_determined",
     "check_free",
@@ -45,9 +44,6 @@ __all__ = [
 
 #: Largest number of joint values of the latent sites that are enumerated because the guide lacks them.
 MAX_SUPPORT = 4096
-
-#: An ``AutoNormal`` draws a site of this ending in the place of a latent, which follows from it.
-UNCONSTRAINED = "_unconstrained"
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def check_scores(proposal: Proposal, given: Callable[[Draws], Draws]) -> None:
     got = "another one at its own draws given again" if cause is None else repr(cause)
     cure = (
         "Sample latents by pyro.sample from distributions with a log_prob; a flow needs an inverse. Of AutoGuides use "
-        "AutoNormal: others draw all latents as one site, whose density at the draws of others is not known."
+        "those that draw unconstrained coordinates, such as AutoNormal and AutoMultivariateNormal."
     )
     raise SiteError(refuse("guide", "a density log q(z | x) at any draws", got, cure)) from cause
 
