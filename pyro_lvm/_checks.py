@@ -20,6 +20,7 @@ __all__ = [
     "check_program",
     "check_seed",
     "data_tensor",
+    "from_array",
     "refuse",
     "shown",
     "warn_caller",
@@ -90,6 +91,13 @@ def check_program(argument: str, program: Any) -> None:
         raise DataTypeError(refuse(argument, "a Pyro program", repr(program), cure))
 
 
+def from_array(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor, with the same memory where that is possible: nobody here writes into it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # as of a memory map
+        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))  # the first makes a number a row
+
+
 def data_tensor(argument: str, value: Any, device: torch.device | str | None = None) -> torch.Tensor:
     """``value`` as a tensor of at least one datum: tensors pass, NumPy arrays are converted.
 
@@ -98,7 +106,7 @@ def data_tensor(argument: str, value: Any, device: torch.device | str | None = N
         ShapeError: no first dimension, no data, or nothing but NaN.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "buif":
-        value = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))  # which makes a number a row
+        value = from_array(value)
     if not isinstance(value, torch.Tensor):
         cure = "Pass a torch.Tensor or a numeric NumPy array of shape (N, ...)."
         raise DataTypeError(refuse(argument, "a tensor", type(value).__name__, cure))

@@ -68,7 +68,7 @@ class Data:
         """The same with each datum as one row of numbers, as library models take them."""
         if self.test.dim() == 2 or not isinstance(self.train, torch.Tensor):
             return self
-        train, test = (_like(x.reshape(len(x), -1), x) for x in (self.train, self.test))
+        train, test = (_like(x.flatten(1), x) for x in (self.train, self.test))
         return Data(train, test, self.images, self.levels, self.options, self.note)
 
     def complete(self) -> "Data":

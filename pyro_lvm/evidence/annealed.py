@@ -1,5 +1,6 @@
 """Annealed importance sampling, from the guide or from the prior, streamed over data and chains."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.job import Job
 from pyro_lvm.evidence.pilot import PILOT_CHAINS, enough_steps, most_rows, tune
 from pyro_lvm.evidence.record import LogMarginal
+from pyro_lvm.evidence.resume import Checkpoint, fingerprint
 from pyro_lvm.evidence.several import prior_of_the_rest, proposing
 from pyro_lvm.evidence.verdict import quoted
 from pyro_lvm.ops import WeightSummary
@@ -38,6 +40,7 @@ def annealed(
     data_args: DataArgs = "auto",
     vectorize: Vectorize = "auto",
     chunks: Chunks = None,
+    resume: str | os.PathLike[str] | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -70,6 +73,7 @@ def annealed(
         data_args: positions among ``args`` of those with one row per datum; ``"auto"`` is all with N rows.
         vectorize: ``False`` runs one chain at a time, for models whose Python control flow looks at latents.
         chunks: (data, chains) computed at once; None chooses from a memory budget.
+        resume: a directory that keeps finished chunks of data, from which the same call goes on; as in `log_marginal`.
         seed: forks the global random state; None draws from it.
         device: where to compute; None stays on the device of x.
         progress: show a bar; None shows it in a terminal.
@@ -85,6 +89,7 @@ def annealed(
             has no bijection to the real numbers.
         SiteError: the guide knows the density of its own draws only.
         PlateError, ParameterError, ShapeError, DataTypeError: what was expected, what came and the cure.
+        CheckpointError: ``resume`` belongs to another call (the message lists what differs), or its files are damaged.
 
     Warns:
         UnreliableEstimateWarning: some data have no trustworthy value.
@@ -107,12 +112,8 @@ def annealed(
         -1.3
     """
     source = data_source(x, args, data_args, device)
-    return quoted(
-        run_annealed(
-            model, guide, source, num_particles, num_steps, num_leapfrog, data_plate, vectorize, chunks, seed, progress
-        ),
-        x,
-    )
+    options = (num_particles, num_steps, num_leapfrog, data_plate, vectorize, chunks, seed, progress, resume)
+    return quoted(run_annealed(model, guide, source, *options), x)
 
 
 def run_annealed(
@@ -127,6 +128,7 @@ def run_annealed(
     chunks: Chunks,
     seed: int | None,
     progress: bool | None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> LogMarginal:
     """`annealed` of data that are ready to be read."""
     num_particles = check_positive_int("num_particles", num_particles)
@@ -141,6 +143,12 @@ def run_annealed(
         with evaluation_rng(0), validation(False):
             sizes = chunks or annealing_chunks(plan, tables.model, tables.guide, source, num_particles)
         columns = Columns(plan.model_layout.num_data(source), device)
+        checkpoint = None
+        if resume is not None:
+            options = {"num_particles": num_particles, "num_steps": num_steps, "num_leapfrog": num_leapfrog}
+            options |= start.pair | {"start": start.names, "chunks": chunks, "seed": seed, "device": device}
+            known = fingerprint(plan, tables.model, tables.guide, source, options)
+            checkpoint = Checkpoint(resume, known, columns, device)
         job = AnnealingJob(
             plan,
             start.pair,
@@ -149,6 +157,7 @@ def run_annealed(
             num_particles,
             sizes,
             columns,
+            checkpoint,
             num_steps=num_steps,
             num_leapfrog=num_leapfrog,
             others=start.members[1:],
@@ -157,6 +166,7 @@ def run_annealed(
             job.run(progress)
     name = ", ".join(start.names) or ("prior" if guide is None else "guide")
     about = {"seed": seed, "device": str(device)} | job.provenance()
+    about |= {"resumed_at": checkpoint.resumed_at} if checkpoint else {}
     return LogMarginal(
         **columns.numbers,
         status=columns.status,
@@ -216,6 +226,14 @@ class AnnealingJob(Job):
         super().keep(summary)
         self.acceptance.append(self.rates)
         self.steps.append(self.now)
+
+    def more(self) -> dict[str, Any]:
+        """How the chains of the data that are finished went."""
+        return {"acceptance": torch.cat(self.acceptance), "steps": self.steps.copy()}
+
+    def tell(self, more: dict[str, Any]) -> None:
+        """Go on with that."""
+        self.acceptance, self.steps = [more["acceptance"].to(self.columns["value"].device)], list(more["steps"])
 
     def annealing(self) -> dict[str, Any]:
         """How chains went."""

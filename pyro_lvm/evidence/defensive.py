@@ -1,5 +1,6 @@
 """The way to a log p(x) that can be quoted: guide and prior pooled, and what is in doubt annealed from both."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_lvm._checks import check_positive_int, check_program
+from pyro_lvm._checks import check_positive_int, check_program, refuse
 from pyro_lvm._interrupts import kept_if
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
-from pyro_lvm.errors import PyroLVMError
+from pyro_lvm.errors import CheckpointError, DataTypeError, PyroLVMError
 from pyro_lvm.evidence.annealed import run_annealed
 from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.pooled import pool
@@ -36,6 +37,7 @@ def defensive(
     data_args: DataArgs = "auto",
     vectorize: Vectorize = "auto",
     chunks: Chunks = None,
+    resume: str | os.PathLike[str] | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -61,6 +63,8 @@ def defensive(
         data_args: positions among ``args`` of those with one row per datum.
         vectorize: ``False`` runs one particle at a time.
         chunks: (data, particles) computed at once; None chooses from a memory budget.
+        resume: a directory that keeps what is annealed, from which the same call goes on; as in `log_marginal`, with a
+            seed, which draws anew what was pooled.
         seed: forks the global random state; None draws from it. The second pool takes the next one, annealing the one
             after that.
         device: where to compute; None stays on the device of x.
@@ -71,11 +75,13 @@ def defensive(
         the number of chains where a datum was annealed, and that of all draws elsewhere. So is ``elbo`` the bound of
         the annealing there, and that of the mixture of guide and prior elsewhere. ``provenance["annealing"]``
         has ``num_data``, or says under ``refused`` why there was none, as with discrete latents that the guide draws.
-        Interrupted with Ctrl-C it holds the data that were pooled first; some of them may still have these values.
+        Interrupted with Ctrl-C it says so, and holds the data that were pooled first: of those that were not reached
+        again, the doubtful are not annealed, and the mean of the others is a little low.
 
     Raises:
         SupportError, SiteError: the prior has no density at given draws: pass guides of your own in a list.
         PlateError, ParameterError, ShapeError, DataTypeError: as in `pooled`.
+        CheckpointError: ``resume`` belongs to another call, or its files are damaged.
 
     Warns:
         UnreliableEstimateWarning: some data have no trustworthy value.
@@ -101,6 +107,9 @@ def defensive(
         -0.7 True
     """
     num_chains = check_positive_int("num_chains", num_chains)
+    if resume is not None and seed is None:
+        cure = "Pass e.g. seed=0: the same draws choose the same data."
+        raise DataTypeError(refuse("seed", "an integer beside resume=", None, cure))
     if not isinstance(guide, Sequence | Mapping):
         check_program("guide", guide)
         guide = {"guide": guide, "prior": None}
@@ -112,26 +121,38 @@ def defensive(
     record = replace(record, method=f"defensive {record.method}")
     if not record.provenance["finished"]:
         return quoted(record, x)
-    doubtful, finished = np.isin(record.status, _IN_DOUBT), True
+    doubtful, finished = np.isin(record.status, _IN_DOUBT), False
     tied = record.provenance["streamed"] == "particles"  # all data or none
+    with kept_if(lambda: True):  # what was pooled first
+        if doubtful.any():
+            chosen = _Chosen(source, doubtful, tied)
+            record = _annealed(
+                record, chosen, model, guides, num_chains, resume=resume, seed=_after(seed, 2), **settings
+            )
+        finished = record.provenance["finished"]
+        if finished and not doubtful.all():
+            finished, chosen = False, _Chosen(source, ~doubtful, tied)
+            again = pool(pairs, chosen.rows, num_particles, seed=_after(seed, 1), **settings)
+            record, finished = chosen.put(record, again), again.provenance["finished"]
+    return quoted(replace(record, provenance=record.provenance | {"finished": finished}), x)
+
+
+def _annealed(
+    record: LogMarginal, chosen: "_Chosen", model: Model, guides: Guides, num_chains: int, **settings: Any
+) -> LogMarginal:
+    """The record with some of its data annealed, or with the reason why they are not."""
     try:
-        with kept_if(lambda: True):  # what was pooled first
-            if doubtful.any():
-                chosen = _Chosen(source, doubtful, tied)
-                steps: dict[str, Any] = {"num_particles": num_chains, "num_steps": None, "num_leapfrog": 3}
-                chains = run_annealed(model, guides, chosen.rows, seed=_after(seed, 2), **steps, **settings)
-                record = chosen.put(record, chains)
-                done, finished = min(len(chains), int(doubtful.sum())), chains.provenance["finished"]
-                annealing = {"annealing": chains.provenance["annealing"] | {"num_data": done}}
-                method = f"{record.method}, {done} data annealed"
-                record = replace(record, method=method, provenance=record.provenance | annealing)
-            if finished and not doubtful.all():
-                chosen = _Chosen(source, ~doubtful, tied)
-                record = chosen.put(record, pool(pairs, chosen.rows, num_particles, seed=_after(seed, 1), **settings))
+        chains = run_annealed(model, guides, chosen.rows, num_chains, None, 3, **settings)
+    except CheckpointError:
+        raise
     except PyroLVMError as error:  # as of discrete latents; what is there is not lost
         refused = {"annealing": {"num_data": 0, "refused": str(error)}}
-        record = replace(record, provenance=record.provenance | refused)
-    return quoted(record, x)
+        return replace(record, provenance=record.provenance | refused)
+    done = min(len(chains), len(chosen.at))
+    about = {"annealing": chains.provenance["annealing"] | {"num_data": done}}
+    about["finished"] = chains.provenance["finished"]
+    method = f"{record.method}, {done} data annealed"
+    return replace(chosen.put(record, chains), method=method, provenance=record.provenance | about)
 
 
 def _after(seed: int | None, steps: int) -> int | None:

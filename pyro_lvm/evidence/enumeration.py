@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_lvm._checks import check_chunks, check_positive_int, shown
+from pyro_lvm._interrupts import kept_if
 from pyro_lvm._typing import Chunks, Data, DataPlate, Model
 from pyro_lvm.errors import SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
@@ -54,7 +55,8 @@ def enumeration(
         progress: show a bar; None shows it in a terminal.
 
     Returns:
-        `LogMarginal` in nats with status ``exact``; ``num_particles`` is the number of terms.
+        `LogMarginal` in nats with status ``exact``; ``num_particles`` is the number of terms. Interrupted with
+        Ctrl-C it holds the data that are finished.
 
     Raises:
         SupportError: a latent has no finite support, or there are more than ``max_terms`` terms; the message says how
@@ -74,32 +76,37 @@ def enumeration(
     max_terms, chunks = check_positive_int("max_terms", max_terms), check_chunks(chunks)
     source = data_source(x, args, data_args, device)
     guide = uniform_guide(model, lambda fn: not fn.has_enumerate_support)
-    values, digest = [], DataDigest()
+    values: list[torch.Tensor] = []
+    digest = DataDigest()
     with evaluation(model, guide), torch.no_grad(), evaluation_rng(0):
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
-            few = len(source) if plan.tied else min(len(source), PROBE_ROWS)
-            check_free(model, source.rows(slice(0, few)).args, plan.match)
-            grid = finite_grid(plan, model, guide, source.rows(slice(0, few)))
+            few = source.rows(slice(0, len(source) if plan.tied else min(len(source), PROBE_ROWS)))
+            check_free(model, few.args, plan.match)
+            parameters = parameter_digest(model, guide, few)
+            grid = finite_grid(plan, model, guide, few)
             sizes = chunks or plan.chunk_sizes(len(source), grid.size, device_of(source))
             step = len(source) if plan.tied else sizes[0]
             _check_terms(plan, model, grid, source.rows(slice(0, step)), max_terms, len(source), sizes[1])
             bar = tqdm(total=grid.size * len(source), unit=" terms", unit_scale=True, disable=not shown(progress))
-            with bar:
+            with bar, kept_if(lambda: values):
                 for start in range(0, len(source), step):
                     batch = source.rows(slice(start, min(start + step, len(source))))
                     check_data(plan, model, guide, batch, start)
+                    found = _sum(plan, model, grid, batch, sizes[1], bar)
                     digest.add(batch)
-                    values.append(_sum(plan, model, grid, batch, sizes[1], bar))
-        parameters = parameter_digest(model, guide, batch)
+                    values.append(found)
+    value = torch.cat(values)
     provenance = {
         "data": data_provenance(x),
+        "num_data": len(source),
+        "finished": len(value) == plan.model_layout.num_data(source),
         "sha256": {"parameters": parameters, "data": digest.hexdigest()},
         "data_plate": plan.model_layout.plate,
         "chunks": sizes,
         "terms": grid.size,
     }
-    return exact_record(torch.cat(values), "enumeration", grid.size, provenance)
+    return exact_record(value, "enumeration", grid.size, provenance)
 
 
 def _sum(plan: Plan, model: Model, grid: Grid, batch: Batch, terms: int, bar: Any) -> torch.Tensor:

@@ -102,9 +102,9 @@ class Job:
                     self.keep(summary)
                     self.digest.add(batch)
                     if self.checkpoint:
-                        self.checkpoint.note(
-                            Progress(done, self.columns.done, self.chunks, self.dtype, self.digest.chains.copy())
-                        )
+                        chains = self.digest.chains.copy()
+                        now = Progress(done, self.columns.done, self.chunks, self.dtype, chains, self.more())
+                        self.checkpoint.note(now)
             finally:
                 if self.checkpoint:
                     self.checkpoint.save()
@@ -121,6 +121,13 @@ class Job:
     def keep(self, summary: WeightSummary) -> None:
         """Take the results of a chunk that is finished."""
         self.columns.add(summary)
+
+    def more(self) -> dict[str, Any]:
+        """What a checkpoint is to keep beside the results; `tell` takes it back."""
+        return {}
+
+    def tell(self, more: dict[str, Any]) -> None:
+        """Go on with what `more` gave."""
 
     def provenance(self) -> dict[str, Any]:
         """What was estimated, and how."""
@@ -145,6 +152,7 @@ class Job:
         if self.checkpoint is None or (found := self.checkpoint.load()) is None:
             return 0
         self.chunks, self.dtype, self.digest.chains = found.chunks, found.dtype, found.chains
+        self.tell(found.more)
         return found.rows
 
     def _chunk(self, batch: Batch, done: int, bar: Any) -> WeightSummary:

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-from pyro_lvm._checks import check_positive_int, check_program, refuse
+from pyro_lvm._checks import check_positive_int, check_program, refuse, shown
+from pyro_lvm._interrupts import kept_if
 from pyro_lvm._typing import Data, DataPlate, Model
 from pyro_lvm.errors import DataTypeError, SiteError, SupportError
 from pyro_lvm.evidence.data import data_provenance, data_source, device_of
@@ -54,6 +56,7 @@ def quadrature(
     data_plate: DataPlate = "auto",
     data_args: DataArgs = "auto",
     device: torch.device | str | None = None,
+    progress: bool | None = None,
 ) -> LogMarginal:
     r"""log p(x) of every datum by the trapezoidal rule, with its own error estimate.
 
@@ -69,6 +72,7 @@ def quadrature(
         data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint result.
         data_args: positions among ``args`` of those with one row per datum.
         device: where to compute; None stays on the device of x.
+        progress: show a bar; None shows it in a terminal.
 
     Returns:
         `LogMarginal`; ``stderr`` adds up estimates of four errors in nats: how rules of twice and three times the
@@ -76,7 +80,8 @@ def quadrature(
         box; how far two slopes at the edge of a support, beyond the reach of the dtype, lead apart; and rounding, 16
         eps times the terms of log p(x, z) where that is largest. Status ``exact`` if all but the last, which more
         nodes cannot lower, are up to ``tolerance`` together, else ``unreliable``; ``no_support`` at -inf and
-        ``nonfinite`` at NaN and infinity. A mode that lies between all nodes far around is not seen.
+        ``nonfinite`` at NaN and infinity. A mode that lies between all nodes far around is not seen. Interrupted with
+        Ctrl-C it holds the data that are finished.
 
     Raises:
         SupportError: a latent is discrete without being enumerable, has more than three dimensions, lies in a plate of
@@ -99,31 +104,36 @@ def quadrature(
     source = data_source(x, args, data_args, device)
     check_program("model", model)
     guide = normal_guide(without(model, is_unobserved), lambda fn: not fn.has_enumerate_support)
-    values, errors, roundings, digest = [], [], [], DataDigest()
+    parts: list[tuple[torch.Tensor, ...]] = []
+    digest = DataDigest()
     with evaluation(model, guide), torch.no_grad(), evaluation_rng(0):
         plan = probe_pair(model, guide, source, data_plate)
         with validation(False):
             rows, _ = plan.chunk_sizes(len(source), 1, device_of(source))
-            check_free(model, source.rows(slice(0, rows if plan.tied else PROBE_ROWS)).args, plan.match)
-            for start in range(0, len(source), rows):
-                batch = source.rows(slice(start, min(start + rows, len(source))))
-                check_data(plan, model, guide, batch, start)
-                digest.add(batch)
-                integrand = _Integrand(plan, model, guide, batch)
-                if start == 0:
-                    integrand.check_supports(guide)
-                value, error, rounding = integrand.integrate(num_nodes)
-                values.append(value)
-                errors.append(error)
-                roundings.append(rounding)
-        parameters = parameter_digest(model, guide, batch)
-    value, error = torch.cat(values), torch.cat(errors)
+            few = source.rows(slice(0, rows if plan.tied else PROBE_ROWS))
+            check_free(model, few.args, plan.match)
+            parameters = parameter_digest(model, guide, few)
+            bar = tqdm(total=len(source), unit=" data", unit_scale=True, disable=not shown(progress))
+            with bar, kept_if(lambda: parts):
+                for start in range(0, len(source), rows):
+                    batch = source.rows(slice(start, min(start + rows, len(source))))
+                    check_data(plan, model, guide, batch, start)
+                    integrand = _Integrand(plan, model, guide, batch)
+                    if start == 0:
+                        integrand.check_supports(guide)
+                    found = integrand.integrate(num_nodes)
+                    digest.add(batch)
+                    parts.append(found)
+                    num_terms = integrand.num_nodes**integrand.dim
+                    bar.update(len(batch))
+    value, error, rounding = map(torch.cat, zip(*parts, strict=True))
     provenance = {"data": data_provenance(x), "data_plate": plan.model_layout.plate, "tolerance": tolerance}
     provenance["sha256"] = {"parameters": parameters, "data": digest.hexdigest()}
-    record = exact_record(value, "quadrature", integrand.num_nodes**integrand.dim, provenance)
+    provenance |= {"num_data": len(source), "finished": len(value) == plan.model_layout.num_data(source)}
+    record = exact_record(value, "quadrature", num_terms, provenance)
     unsure = (value.isfinite() & ~(error <= tolerance)).cpu().numpy()
     status = np.where(unsure, "unreliable", record.status)
-    return replace(record, stderr=error + torch.cat(roundings), status=status)
+    return replace(record, stderr=error + rounding, status=status)
 
 
 class _Integrand:

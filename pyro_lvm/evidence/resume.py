@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Progress:
         chunks: (data, particles) computed at once by now; running out of memory makes it smaller.
         dtype: of the log-weights.
         chains: of the digest of the data so far.
+        more: what else an estimate has to say of them.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class Progress:
     chunks: tuple[int, int]
     dtype: str
     chains: list[str]
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -86,7 +88,7 @@ class Checkpoint:
         """
         if not (self.path / "state.pt").exists():
             return None
-        kept = f"what log_marginal keeps in {self.path}", f"Delete {self.path} to begin anew."
+        kept = f"what an estimate keeps in {self.path}", f"Delete {self.path} to begin anew."
         with self._told(*kept):
             state = read_tensors(self.path / "state.pt", "kept estimate")
             progress = Progress(**state["progress"])

@@ -146,7 +146,7 @@ class _Both:
 def _quadrature(model: Model, x: TensorLike, *args: Any) -> list[tuple[float, float]]:
     """log p(x) and its error, if quadrature can be had."""
     try:
-        record = quadrature(model, x, *args)
+        record = quadrature(model, x, *args, progress=False)
     except (SupportError, NotImplementedError):  # a plate of its own, or a support that torch cannot unfold
         return []
     return [(record.mean, float(record.stderr))]

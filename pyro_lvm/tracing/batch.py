@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pyro_lvm._checks import check_device, refuse
+from pyro_lvm._checks import check_device, from_array, refuse
 from pyro_lvm.errors import DataTypeError, ShapeError
 
 __all__ = ["Batch", "DataArgs", "Rows", "Selected", "make_batch"]
@@ -84,7 +84,7 @@ def make_batch(x: torch.Tensor, args: Sequence[Any], data_args: DataArgs = "auto
         DataTypeError: ``data_args`` is neither ``"auto"`` nor a list of integers.
         ShapeError: an argument named in ``data_args`` has not one row per datum.
     """
-    args = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in args]
+    args = [from_array(a) if isinstance(a, np.ndarray) else a for a in args]
 
     def has_rows(a: Any) -> bool:
         return isinstance(a, torch.Tensor) and a.dim() > 0 and len(a) == len(x)

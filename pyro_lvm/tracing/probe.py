@@ -15,6 +15,7 @@ from pyro_lvm._checks import check_program
 from pyro_lvm._typing import DataPlate, Guide, Model, Vectorize
 from pyro_lvm.errors import ParameterError, PlateError, SiteError, SupportError
 from pyro_lvm.tracing.batch import Batch, Rows
+from pyro_lvm.tracing.enumerated import check_enumerated
 from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.modes import find_modes
@@ -149,6 +150,8 @@ def probe_pair(
         models = model_runner(model, layouts[0], match)
         guides = Runner(guide, layouts[1], guide_sites)
         with validation(False):
+            drawn = {n: s["value"] for n, s in first.guide.items() if is_latent(s)}
+            check_enumerated(model, first.batch.args, drawn, match, depth)
             modes = find_modes(models, guides, first.batch, match, vectorize, tied, hidden)
         bounded = has_bounded_data(first.model)
         return Plan(*layouts, match, modes.model, modes.guide, tied, bounded, modes.bytes_per_particle)

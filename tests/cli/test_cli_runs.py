@@ -267,6 +267,16 @@ def test_the_likelihood_fits_the_data(data, likelihood, tmp_path):
     call("evaluate", tmp_path / "run", "--particles", 5)
 
 
+@pytest.mark.parametrize(("dtype", "likelihood"), [(np.uint8, "discretized_logistic:256"), (np.int64, "poisson")])
+def test_images_in_a_file(dtype, likelihood, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (20, 3, 4)).astype(dtype)
+    np.save(tmp_path / "x.npy", x)
+    call("train --steps 2 --hidden 4 --data", tmp_path / "x.npy", "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["pair"]["likelihood"] == likelihood
+    call("evaluate --particles 5", tmp_path / "run", "--data", tmp_path / "x.npy")
+    assert len(lvm.LogMarginal.load(tmp_path / "run" / "log_marginal.json")) == 20
+
+
 def test_images_of_a_folder(tmp_path, capsys):
     from PIL import Image
 

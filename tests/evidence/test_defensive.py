@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
-from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, SupportError
+from pyro_lvm.errors import CheckpointError, DataTypeError, ShapeError, SiteError, SupportError
 from pyro_lvm.evidence import annealed, defensive, pooled
+from pyro_lvm.evidence.annealed import AnnealingJob
 from pyro_lvm.ops import DOUBTFUL
 from tests.references import ORACLES, lognormal
 
@@ -180,6 +181,51 @@ def test_ctrl_c_keeps_what_is_pooled(monkeypatch):
     monkeypatch.setattr(module, "run_annealed", interrupted)
     found = defensive(model, guide, X, *ARGS, num_particles=200, seed=3)
     assert found.value.equal(first.value)
+    assert not found.provenance["finished"]
+    assert "6 of 6 data (interrupted), defensive" in repr(found)
+
+
+def test_ctrl_c_before_the_others_are_drawn_anew(monkeypatch):
+    draw, calls = module.pool, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args, **options)
+
+    whole = defensive(model, guide, X, *ARGS, num_particles=200, num_chains=50, seed=3)
+    assert whole.provenance["finished"]
+    monkeypatch.setattr(module, "pool", interrupted)
+    found = defensive(model, guide, X, *ARGS, num_particles=200, num_chains=50, seed=3)
+    annealed = found.particles == 50
+    assert found.value[annealed].equal(whole.value[annealed])
+    assert not found.value[~annealed].equal(whole.value[~annealed])
+    assert not found.provenance["finished"]
+
+
+def test_what_is_annealed_can_be_gone_on_with(tmp_path, monkeypatch):
+    options = dict(num_particles=200, num_chains=50, chunks=(1, 50), seed=3)
+    whole = defensive(model, guide, X, *ARGS, **options)
+    assert (whole.particles == 50).sum() > 1
+    keep, kept = AnnealingJob.keep, []
+
+    def interrupted(self, summary):
+        keep(self, summary)
+        kept.append(1)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnnealingJob, "keep", interrupted)
+        part = defensive(model, guide, X, *ARGS, resume=tmp_path, **options)
+    assert not part.provenance["finished"]
+    found = defensive(model, guide, X, *ARGS, resume=tmp_path, **options)
+    assert found.value.equal(whole.value)
+    with pytest.raises(DataTypeError, match="an integer beside resume=, got None"):
+        defensive(model, guide, X, *ARGS, resume=tmp_path)
+    with pytest.raises(CheckpointError, match="num_particles"):
+        defensive(model, guide, X, *ARGS, resume=tmp_path, **options | {"num_chains": 40})
 
 
 def test_ctrl_c_in_the_middle_of_annealing(monkeypatch):
@@ -197,6 +243,7 @@ def test_ctrl_c_in_the_middle_of_annealing(monkeypatch):
     assert found.particles.tolist() == [400, 50, 400, 400, 400, 400]
     assert np.isin(found.status, DOUBTFUL).tolist() == [False, False, False, True, True, False]
     assert found.provenance["annealing"]["num_data"] == 1
+    assert not found.provenance["finished"]
     first, _, _ = parts(None)
     assert found.value[GOOD].equal(first.value[GOOD])  # nothing is begun after that
 

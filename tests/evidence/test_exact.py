@@ -12,6 +12,7 @@ from pyro_lvm import log_marginal, ops
 from pyro_lvm.errors import PlateError, ShapeError, SupportError
 from pyro_lvm.evidence import enumeration, prior, quadrature, uniform
 from pyro_lvm.models import BinaryLatent
+from pyro_lvm.tracing.probe import Plan
 
 F64 = torch.float64
 
@@ -342,3 +343,50 @@ def test_more_bits_than_an_index_can_number_are_refused():
         enumeration(BinaryLatent(64, 3), torch.ones(2, 3))
     with pytest.raises(ShapeError, match=r"got 2\^1100, about"):
         BinaryLatent(1100, 3).log_prob(torch.ones(2, 3))
+
+
+# --- one result, and a part of them -----------------------------------------------------------------------------------
+
+
+def noisy(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def shared(x):
+    z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def shared_bit(x):
+    z = pyro.sample("z", dist.Bernoulli(x.new_full((1,), 0.5)).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+
+@pytest.mark.parametrize(("estimator", "model"), [(quadrature, shared), (enumeration, shared_bit)])
+def test_a_joint_result_says_of_how_many_data(estimator, model):
+    assert "one joint result of 5 data" in repr(estimator(model, torch.zeros(5), data_plate=None))
+
+
+@pytest.mark.parametrize(("estimator", "model"), [(quadrature, noisy), (enumeration, bits(3)[0])])
+def test_ctrl_c_keeps_the_data_that_are_finished(estimator, model, monkeypatch):
+    monkeypatch.setattr(Plan, "chunk_sizes", lambda *_: (2, 1000))
+    x = torch.eye(6, dtype=F64) if estimator is enumeration else torch.linspace(-1, 1, 6, dtype=F64)
+
+    def interrupted_at(row):
+        def program(batch):
+            if any(each.equal(x[row]) for each in batch):
+                raise KeyboardInterrupt
+            model(batch)
+
+        return program
+
+    whole, found = estimator(model, x), estimator(interrupted_at(5), x)
+    assert whole.provenance["finished"]
+    assert found.value.equal(whole.value[:4])
+    assert "4 of 6 data (interrupted)" in repr(found)
+    with pytest.raises(KeyboardInterrupt):
+        estimator(interrupted_at(0), x)

@@ -135,6 +135,12 @@ def test_nonfinite_means_have_no_error() -> None:
     assert "no error estimate" in record(value=torch.tensor([-1.0, torch.nan, -1.0, -1.0])).mean_with_error()
 
 
+@pytest.mark.parametrize(("num_particles", "words"), [(100, "above 0.5 for 100.0%"), (10_000, "above 0.7 for 0.0%")])
+def test_tails_are_counted_above_the_limit_that_statuses_have(num_particles: int, words: str) -> None:
+    khat = torch.full((4,), 0.6, dtype=torch.float64)
+    assert words in repr(record(khat=khat, num_particles=num_particles))
+
+
 # --- xarray and ArviZ -------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""`importance(resume=)`: the numbers of a run that was never interrupted, and nothing of another call."""
+"""`resume=` of estimators: the numbers of a run that was never interrupted, and nothing of another call."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_lvm.errors import CheckpointError, DataTypeError
-from pyro_lvm.evidence import LogMarginal, importance
+from pyro_lvm.evidence import LogMarginal, annealed, importance
 from pyro_lvm.evidence.columns import COLUMNS
 from tests.references import ORACLES, data, normal_guide, normal_model, plain
 
@@ -117,6 +117,20 @@ def test_going_on_gives_the_numbers_of_one_run(
     now = torch.rand(3), np.random.rand(), random.random()  # noqa: NPY002
     assert now[0].equal(after[0])
     assert now[1:] == after[1:]
+
+
+@pytest.mark.usefixtures("_seconds")
+@pytest.mark.parametrize("start", [guide, None, [guide, None]], ids=["guide", "prior", "both"])
+def test_annealing_goes_on_with_its_chains(tmp_path: Path, start: Any) -> None:
+    x, options = data(6), {"num_particles": 6, "num_steps": 4, "chunks": (2, 6), "seed": 3}
+    whole = annealed(model, start, x, **options)
+    part = annealed(Stops(x, 4, KeyboardInterrupt()), start, x, resume=tmp_path / "run", **options)
+    assert len(part) == 4
+    result = annealed(model, start, x, resume=tmp_path / "run", **options)
+    assert_same(result, whole)
+    assert result.provenance["resumed_at"] == [4]
+    with pytest.raises(CheckpointError, match=r"num_leapfrog \(3 there, 2 here\)"):
+        annealed(model, start, x, resume=tmp_path / "run", num_leapfrog=2, **options)
 
 
 def test_several_interruptions(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import autoguide
 
 from pyro_lvm.errors import DataTypeError, ParameterError, PlateError, ShapeError, SiteError, SupportError
-from pyro_lvm.evidence import importance, pooled
+from pyro_lvm.evidence import importance
 from pyro_lvm.tracing import log_weights
 from tests.references import SIGMA, data, normal_guide, normal_model, posterior
 
@@ -816,11 +816,3 @@ def test_data_outside_a_fixed_support_are_refused_beside_it() -> None:
 
     with pytest.raises(SupportError, match=r"'y'.*got 3"):
         importance(model, partial(within, observe=False), torch.tensor([0.5, 3.0]).double(), data_plate=None)
-
-
-def test_a_guide_with_one_joint_site_is_told_which_has_one_for_each() -> None:
-    guide = autoguide.AutoMultivariateNormal(partial(within, observe=True))
-    x = data(3).abs()
-    guide(x)
-    with pytest.raises(SiteError, match="AutoNormal"):
-        pooled(partial(within, observe=True), [guide, None], x, data_plate=None)
