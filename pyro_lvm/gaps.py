@@ -21,7 +21,7 @@ from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, UnreliableEsti
 from pyro_lvm.evidence import LogMarginal, importance
 from pyro_lvm.evidence.data import data_source
 from pyro_lvm.evidence.record import check_reference, concatenate
-from pyro_lvm.evidence.verdict import data_in_words
+from pyro_lvm.evidence.verdict import data_in_words, is_joint
 from pyro_lvm.guides.refine import Refinement, refine
 from pyro_lvm.table import TextTable
 from pyro_lvm.tracing.batch import DataArgs, Rows
@@ -91,7 +91,7 @@ class InferenceGap:
     @property
     def table(self) -> TextTable:
         """Means over the data, with the errors of the draws and of the data."""
-        flow = self.local_elbo - self.flow_elbo
+        flow, joint = self.local_elbo - self.flow_elbo, is_joint(self.provenance)
         lines = [
             ("log p(x)", self.log_marginal, self.log_marginal_stderr),
             ("ELBO, q* with a flow", self.flow_elbo, None),
@@ -100,10 +100,10 @@ class InferenceGap:
             ("gap", self.log_marginal - self.elbo, None),
             ("  approximation: the family", self.approximation, self.approximation_stderr),
             ("    of which a flow takes away", -flow, None),
-            ("  amortization: the encoder", self.amortization, self.amortization_stderr),
+            (f"  amortization: the {'training' if joint else 'encoder'}", self.amortization, self.amortization_stderr),
         ]
         rows = tuple(_cells(*line) for line in lines if not bool(line[1].isnan().all()))
-        return TextTable(("", "nats a datum", "+- draws", "+- data"), rows, self.notes)
+        return TextTable(("", "nats" if joint else "nats a datum", "+- draws", "+- data"), rows, self.notes)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -121,6 +121,7 @@ def test_one_joint_result_takes_a_joint_reference():
     pair = ORACLES["plain"](4)
     joint = lvm.log_marginal(pair.model, pair.guide, pair.x, data_plate=None, num_particles=10, seed=0)
     result = lvm.inference_gap(pair.model, pair.guide, pair.x, data_plate=None, reference=joint, num_steps=2, seed=0)
+    assert "nats a datum" not in str(result)
     assert result.approximation.shape == (1,)
     assert "one joint result" in str(result)
     each = lvm.log_marginal(pair.model, pair.guide, pair.x, num_particles=10, seed=0)

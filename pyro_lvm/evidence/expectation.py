@@ -160,6 +160,10 @@ def expectation(
         0.50 0.01
     """
 
+    if not callable(fn):
+        cure = "It comes before further arguments of the programs."
+        raise DataTypeError(refuse("fn", "a function with named parameters", type(fn).__name__, cure))
+
     def values(tables: Tables, _: Rows) -> Values:
         wanted = _wanted(fn, tables.plan)
         return lambda batch, k, draws: _called(fn, wanted, tables.plan, batch, k, draws)

@@ -167,7 +167,7 @@ def check_prior(model: Model, prior: Guide, batch: Batch) -> None:
             for name in values:
                 before, after = (trace[name]["fn"].log_prob(values[name]) for trace in (first, again))
                 if not torch.allclose(before, after, equal_nan=True):
-                    cure = "Pass a guide that draws it, to start there."
+                    cure = "Pass guides in the place of the prior, as [guide, wider], or a guide that draws these, too."
                     got = f"one that depends on {hidden}, of which it is to be summed"
                     raise SupportError(refuse(f"latent site {name!r}", "a prior density", got, cure))
 

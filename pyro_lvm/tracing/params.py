@@ -12,7 +12,7 @@ object, and are held weakly. Two rules follow:
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_lvm._checks import check_program, warn_caller
 from pyro_lvm._typing import Guide, Model
-from pyro_lvm.errors import ParameterError, UntrainedParameterWarning
+from pyro_lvm.errors import ParameterError, PyroLVMError, UntrainedParameterWarning
 
 __all__ = [
     "Fitted",
@@ -38,11 +38,15 @@ __all__ = [
     "module_parameters",
     "own_store",
     "same_program",
+    "strangers",
     "training_store",
+    "warn_of_strangers",
 ]
 
 #: name -> (unconstrained tensor, constraint); the tensors are live, not copies.
 Params = dict[str, tuple[torch.Tensor, Any]]
+
+_MODULE = "$$$"  # what Pyro puts between the name of a module and that of its parameter
 
 logger = logging.getLogger("pyro_lvm")
 
@@ -71,6 +75,7 @@ class _Record:
 
 
 _records: Any = WeakIdKeyDictionary()  # function or bound object -> {rest of the key: _Record}
+_fitted: Any = WeakIdKeyDictionary()  # tensor that some pair has learned, whether that pair lives or not -> True
 
 
 class Fitted:
@@ -196,7 +201,8 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
     A name of which the current store holds a value that no fit produced (loaded from disk, say) is taken from there.
 
     Warns:
-        UntrainedParameterWarning: a parameter came into being inside, so its value is an initial one.
+        UntrainedParameterWarning: a parameter came into being inside, so its value is an initial one. (The probe of a
+            pair warns of values that another one has learned, `warn_of_strangers`.)
     """
     if not hasattr(model, "log_prob"):  # a distribution need not be a program
         check_program("model", model)
@@ -205,11 +211,16 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
     here = current_params()
     _check_not_taken(model, guide, here)
     wanted = learned(model, guide)
-    loaded = {n for n in wanted if n in here and not _owners(n, here[n][0])}
+    loaded = {n for n in wanted if n in here and here[n][0] not in _fitted}
     before = here | {n: p for n, p in wanted.items() if n not in loaded}
     modules = {id(p) for program in (model, guide) for p in module_parameters(program)}
     with _installed(before):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, PyroLVMError) and (names := strangers(model, guide)):
+                error.add_note(f"The param store holds what other pairs learned, under the names {names}.")
+            raise
         after = current_params()
     new = [n for n, (t, _) in after.items() if n not in before]
     untrained = [n for n in new if not isinstance(after[n][0], torch.nn.Parameter)]
@@ -224,9 +235,32 @@ def evaluation_store(model: Model, guide: Guide | None) -> Iterator[None]:
 def own_store(model: Model, guide: Guide | None) -> Iterator[None]:
     """Run over the current store without what other pairs learned, and with what this one did."""
     mine = learned(model, guide)
-    rest = {n: p for n, p in current_params().items() if n not in mine and not _owners(n, p[0])}
+    rest = {n: p for n, p in current_params().items() if n not in mine and p[0] not in _fitted}
     with _installed(rest | mine):
         yield
+
+
+def strangers(model: Model, guide: Guide | None) -> list[str]:
+    """Names under which the current store holds what neither callable has learned, but another pair has.
+
+    Those of `pyro.module` are not among them: a module runs with tensors of its own.
+    """
+    mine = {_record(program) for program in (model, guide) if program is not None}
+    wanted = learned(model, guide)
+    return sorted(
+        name
+        for name, (tensor, _) in current_params().items()
+        if tensor in _fitted and name not in wanted and _MODULE not in name
+        if not any(pair & mine for pair in _owners(name, tensor))
+    )
+
+
+def warn_of_strangers(model: Model, guide: Guide | None, names: Iterable[str]) -> None:
+    """Say so if a pair that uses these names finds there what another one has learned."""
+    if found := sorted(set(names) & set(strangers(model, guide))):
+        message = f"parameters {found} hold what another pair has learned, not this one. "
+        cure = "Train this pair with fit(), which gives it its own, or pass `FitResult.model` and `FitResult.guide`."
+        warn_caller(message + cure, UntrainedParameterWarning)
 
 
 def _check_not_taken(model: Model, guide: Guide | None, here: Params) -> None:
@@ -236,7 +270,7 @@ def _check_not_taken(model: Model, guide: Guide | None, here: Params) -> None:
             continue
         entry = _record(program).by_partner.get(_record(partner))
         if entry is not None and entry.forgotten():
-            taken = [n for n in entry.params if n in here and _owners(n, here[n][0])]
+            taken = [n for n in entry.params if n in here and here[n][0] in _fitted]
             if taken:
                 raise ParameterError(
                     f"parameters {taken}: expected what this pair learned, got values of another pair: the param store "
@@ -264,10 +298,15 @@ def _owners(name: str, tensor: torch.Tensor) -> set[Pair]:
     }
 
 
+def _foreign(name: str, tensor: torch.Tensor, pair: Pair) -> bool:
+    """Whether another pair learned this tensor under this name, which may be gone by now."""
+    return tensor in _fitted and _owners(name, tensor) != {pair}
+
+
 def held_by_others(model: Model, guide: Guide) -> set[str]:
     """Names under which the current store holds what `fit` trained in another pair."""
     pair = frozenset((_record(model), _record(guide)))
-    return {name for name, (tensor, _) in current_params().items() if _owners(name, tensor) - {pair}}
+    return {name for name, (tensor, _) in current_params().items() if _foreign(name, tensor, pair)}
 
 
 def _clashes(mine: Params, pair: Pair, trainable: Callable[[str], bool]) -> Params:
@@ -277,7 +316,7 @@ def _clashes(mine: Params, pair: Pair, trainable: Callable[[str], bool]) -> Para
         if name not in here:
             continue
         module = isinstance(tensor, torch.nn.Parameter)
-        others = _owners(name, here[name][0]) - {pair}
+        others = _foreign(name, here[name][0], pair)
         shared = here[name][0] is tensor  # with the pair that it was learned in; a module has it for good
         if (others and trainable(name) and not module) if shared else (others or module):
             found[name] = here[name]
@@ -339,4 +378,5 @@ def _remember(model: Model, guide: Guide, model_names: set[str], guide_names: se
         params = {n: here[n] for n in sorted(names) if n in here}
         record.by_partner.pop(other, None)  # so that it becomes the latest
         record.by_partner[other] = _Entry(params, clashes or params)
+        _fitted.update({tensor: True for tensor, _ in params.values()})
     return {n: here[n] for n in sorted(model_names | guide_names) if n in here}

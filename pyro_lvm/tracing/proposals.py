@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro_lvm._checks import check_program
 from pyro_lvm._typing import Guide, Model
 from pyro_lvm.errors import SupportError
-from pyro_lvm.tracing.intercept import base_distribution, bijection, support
+from pyro_lvm.tracing.intercept import base_distribution, bijection, is_unobserved, support, without
 
 __all__ = ["finite_left_out", "normal_guide", "prior_guide", "uniform_guide"]
 
@@ -22,9 +22,12 @@ def _every(fn: Any) -> bool:
 
 
 def prior_guide(model: Model, wanted: Callable[[Any], bool] = _every) -> Guide:
-    """q(z) = p(z) on every latent for whose distribution ``wanted`` holds; the others are left to enumeration."""
+    """q(z) = p(z) on every latent for whose distribution ``wanted`` holds; the others are left to enumeration.
+
+    What is missing in the data (``obs_mask``) is left to the model, as in any guide.
+    """
     check_program("model", model)
-    guide = poutine.block(model, hide_fn=lambda msg: _hidden(msg, wanted))
+    guide = poutine.block(without(model, is_unobserved), hide_fn=lambda msg: _hidden(msg, wanted))
     guide.__qualname__ = "prior"  # what records call it
     return guide
 

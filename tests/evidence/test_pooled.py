@@ -572,3 +572,13 @@ def test_models_that_learned_other_values_are_refused():
 
 def test_the_word_lies_between_usable_and_not():
     assert STATUSES.index("heavy_tail") < STATUSES.index("disagreement") < STATUSES.index("unreliable")
+
+
+def test_missing_data_are_left_to_the_model_by_the_prior_too():
+    pair = ORACLES["obs_mask"](6)
+    record = pooled(pair.model, [pair.guide, None], pair.x, num_particles=500, seed=0)
+    assert within(record, pair.log_px)
+    sound = lvm.evidence.defensive(pair.model, pair.guide, pair.x, num_particles=500, seed=0)
+    assert within(sound, pair.log_px)
+    alone = lvm.evidence.prior(pair.model, pair.x, num_particles=500, seed=0)
+    assert within(alone, pair.log_px)

@@ -305,3 +305,71 @@ def test_parameters_on_both_sides_under_one_name_are_one() -> None:
     model, guide = make_model("shared"), make_guide("shared")
     train(model, guide, shared=1.5)
     assert seen(model, guide) == {"shared": 1.5, "scale": 0.0}
+
+
+# --- pairs that are gone, and pairs that have learned nothing ---------------------------------------------------------
+
+
+def test_the_death_of_another_pair_changes_nothing() -> None:
+    first, second = (make_model(), make_guide()), (make_model(), make_guide())
+    train(*first, mean=1.0, loc=2.0, scale=3.0)
+    train(*second, mean=5.0, loc=6.0, scale=7.0)
+    before = seen(*second)
+    del first
+    gc.collect()
+    assert seen(*second) == before == {"mean": 5.0, "loc": 6.0, "scale": 7.0}
+
+
+def test_a_new_pair_does_not_go_on_from_one_that_is_gone() -> None:
+    first = make_model(), make_guide()
+    train(*first, mean=1.0, loc=2.0, scale=3.0)
+    del first
+    gc.collect()
+    second = make_model(), make_guide()
+    train(*second, mean=5.0)
+    assert seen(*second) == {"mean": 5.0, "loc": 0.0, "scale": 0.0}
+
+
+@pytest.mark.parametrize("function", [log_weights, importance])
+@pytest.mark.filterwarnings("ignore::pyro_lvm.errors.UnreliableEstimateWarning")
+def test_what_another_pair_has_learned_is_said_to_be_of_another(function: Program) -> None:
+    model, guide = make_model(), make_guide()
+    train(model, guide, mean=1.0, loc=2.0)
+    expected = function(model, guide, X, seed=0)
+    with pytest.warns(UntrainedParameterWarning, match=r"\['loc', 'mean', 'scale'\] hold what another pair") as caught:
+        got = function(lambda x: model(x), lambda x: guide(x), X, seed=0)
+    assert [w.filename for w in caught if w.category is UntrainedParameterWarning] == [__file__]
+    tables = [each if isinstance(each, torch.Tensor) else each.value for each in (expected, got)]
+    assert tables[0].equal(tables[1])
+
+
+def test_a_half_that_belongs_to_the_pair_vouches_for_the_other() -> None:
+    model, guide = make_model(), make_guide()
+    train(model, guide, mean=1.0, loc=2.0)
+    log_weights(lambda x: model(x), guide, X)
+    log_weights(model, lambda x: guide(x), X)
+
+
+def test_a_trained_module_in_a_new_function_is_nobody_elses() -> None:
+    network = torch.nn.Linear(1, 1).double()
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network(x[:, None])[:, 0], 1.0))
+
+    train(normal_model, guide)
+    log_weights(lambda x: normal_model(x), lambda x: guide(x), X)
+
+
+def test_an_error_over_names_of_another_pair_mentions_them() -> None:
+    def other(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(2, 3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.reshape(2, 3).sum(), 1.0))
+
+    train(make_model(), guide := make_guide(), loc=2.0)
+    with pytest.raises(RuntimeError, match="shape") as caught:
+        log_weights(normal_model, other, X)
+    assert "under the names ['loc', 'mean', 'scale']" in caught.value.__notes__[-1]
+    assert guide is not None
