@@ -119,7 +119,8 @@ def expectation(
         x: data ``(N, ...)``, read chunk by chunk; as in `log_marginal`.
         fn: its parameters are names of latent sites, as in ``lambda z: z**2``, whose draws it gets as
             ``(K, N, *other plates, *event)`` tensors; ``**latents`` takes all. It returns ``(K, N, ...)``. With
-            ``data_plate=None`` draws are ``(K, *plates, *event)``, and it returns ``(K, ...)``.
+            ``data_plate=None`` draws are ``(K, *plates, *event)``, and it returns ``(K, ...)``. What is
+            ``pyro.deterministic`` it computes from latents.
         *args: further arguments of both programs; tensors with N rows go with x.
         num_particles: K, drawn from each guide.
         data_plate: the plate that holds the data, ``"auto"`` to find it, None for one joint result.
@@ -159,7 +160,6 @@ def expectation(
         >>> print(f"{found.value.item():.2f} {found.under_guide.item():.2f}")  # E[z | x] = x / 2, E_q[z] = 0
         0.50 0.01
     """
-
     if not callable(fn):
         cure = "It comes before further arguments of the programs."
         raise DataTypeError(refuse("fn", "a function with named parameters", type(fn).__name__, cure))
@@ -260,6 +260,7 @@ def _wanted(fn: Callable[..., torch.Tensor], plan: Plan) -> list[str]:
     wanted = [p.name for p in parameters if p.name in there or p.default is p.empty]
     unknown = [name for name in wanted if name not in there]
     if unknown or not wanted:
+        cure += " What is pyro.deterministic follows from these: compute it in the function."
         summed_out = [name for name in unknown if name in plan.match.enumerated]
         if summed_out:
             cure = f"{summed_out[0]!r} is summed out: latent.attribute(model, guide, x) has its probabilities."

@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 
-from pyro_lvm._checks import refuse
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
-from pyro_lvm.errors import PlateError
 from pyro_lvm.evidence import Expectation
 from pyro_lvm.evidence.expectation import Values, estimate, per_result
 from pyro_lvm.tracing.batch import Batch, DataArgs, Rows
@@ -116,12 +114,13 @@ def attribute(
         progress: show a bar.
 
     Returns:
-        `Expectation` with values ``(N, C)``, of the C values in the order of the distribution's support.
+        `Expectation` with values ``(N, C)``, of the C values in the order of the distribution's support; ``(1, C)``
+        with ``data_plate=None``, of a latent that all data share.
 
     Raises:
         SiteError: ``site`` is no latent, or None and there are several.
-        SupportError: the latent is not discrete, or has several values for each datum.
-        PlateError: ``data_plate=None``: a joint result has no value of y for each datum.
+        SupportError: the latent is not discrete, or has several values for each datum (in all, with
+            ``data_plate=None``).
 
     Example:
         >>> from pyro_lvm.models import GaussianMixture
@@ -132,14 +131,11 @@ def attribute(
     """
 
     def values(tables: Tables, source: Rows) -> Values:
-        plan = tables.plan
-        if plan.model_layout.plate is None:
-            raise PlateError(refuse("data_plate", "the plate that holds the data", None, "Leave it out."))
-        match = plan.match
+        plan, match = tables.plan, tables.plan.match
         there = match.enumerated or match.sampled if site is None else (*match.enumerated, *match.sampled)
         name = one_of(site, there, "latent sites")
         few = source.rows(slice(0, len(source) if plan.tied else 1))
-        support = classes(run(tables.model, few.args)[name])  # (C, *event)
+        support = classes(run(tables.model, few.args)[name], plan.model_layout.plate is None)  # (C, *event)
         return _class_probs(tables, name, support) if name in match.enumerated else _shares(plan, name, support)
 
     return estimate(
@@ -162,7 +158,7 @@ def _shares(plan: Plan, name: str, support: torch.Tensor) -> Values:
     """1 where a draw of y is the k-th value, else 0: ``(K, N, C)``."""
 
     def values(batch: Batch, size: int, draws: Draws) -> torch.Tensor:
-        drawn = draws[name].per_datum(plan.model_layout)  # (K, N, *event)
+        drawn = per_result(draws[name].per_datum(plan.model_layout), plan)  # (K, N, *event)
         same = drawn.unsqueeze(2) == support.to(drawn.device)  # (K, N, C, *event)
         return same.reshape(*same.shape[:3], -1).all(-1)
 

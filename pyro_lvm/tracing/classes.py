@@ -32,18 +32,19 @@ def summed_out_values(plan: Plan, model: Any, batch: Batch, values: Values) -> V
     return {name: trace.nodes[name]["value"] for name in names}
 
 
-def classes(site: Site) -> torch.Tensor:
-    """The values of a discrete latent with one value a datum, ``(C,)`` or ``(C, event)``.
+def classes(site: Site, joint: bool = False) -> torch.Tensor:
+    """The values of a discrete latent with one value a datum, or with one in all, ``(C,)`` or ``(C, event)``.
 
     Raises:
-        SupportError: the site is not discrete, or has more than one value for each datum.
+        SupportError: the site is not discrete, or has more than one value for each result.
     """
     fn, base = site["fn"], base_distribution(site["fn"])
-    single = len(vectorised_frames(site)) == 1 and fn.event_dim == int(isinstance(base, dist.OneHotCategorical))
+    single = len(vectorised_frames(site)) == (0 if joint else 1) and fn.event_dim == int(isinstance(base, dist.OneHotCategorical))
     if not (fn.has_enumerate_support and single):
         got = f"{type(base).__name__} of shape {tuple(fn.shape())}"
         cure = "For any other ask expectation(model, guide, x, fn)."
-        raise SupportError(refuse(f"site {site['name']!r}", "a discrete latent with one value a datum", got, cure))
+        expected = f"a discrete latent with one value {'of all data' if joint else 'a datum'}"
+        raise SupportError(refuse(f"site {site['name']!r}", expected, got, cure))
     values = fn.enumerate_support(expand=False)
     return values.reshape(len(values), *fn.event_shape)
 
@@ -53,8 +54,8 @@ def class_table(plan: Plan, model: Any, batch: Batch, draws: Draws, name: str, v
     others = tuple(other for other in plan.match.enumerated if other != name)
     match = replace(plan.match, enumerated=others)
     layout = plan.model_layout
-    assert layout.dim is not None  # or the site would not be one of `classes`
-    rank = -layout.dim
-    shape = (size, *(1,) * (layout.nesting - rank), len(batch), *(1,) * (rank - 1), *value.shape)
+    rank = -layout.dim if layout.dim is not None else 0  # else it is one value of all data
+    plates = (len(batch), *(1,) * (rank - 1)) if rank else ()
+    shape = (size, *(1,) * (layout.nesting - rank), *plates, *value.shape)
     given = {name: Latent(value.expand(shape), rank)}
     return model_runner(model, layout, match).run(batch, plan.model_mode, size, {**draws, **given})[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_lvm as lvm
-from pyro_lvm.errors import DataTypeError, PlateError, ShapeError, SiteError, SupportError
+from pyro_lvm.errors import DataTypeError, ShapeError, SiteError, SupportError
 from pyro_lvm.guides import DiagonalNormal
 from pyro_lvm.latent import attribute, cluster, encode
 from pyro_lvm.models import GaussianMixture, LinearGaussian, SemiSupervisedVAE
@@ -169,7 +169,7 @@ def test_encode_of_a_joint_result():
         (lambda: attribute(model, both, X), SiteError, r"\['y', 'z'\], got None. Name one with site=."),
         (lambda: attribute(model, guide, X, site="Y"), SiteError, "got 'Y'"),
         (lambda: attribute(model, guide, X, site="z"), SupportError, "site 'z': expected a discrete latent"),
-        (lambda: attribute(model, guide, X, data_plate=None), PlateError, "data_plate: expected the plate"),
+        (lambda: attribute(model, guide, X, data_plate=None), SupportError, "one value of all data"),
     ],
 )
 def test_what_is_refused(call, error, words):
@@ -202,3 +202,36 @@ def test_clusters_and_their_scores():
         found.scores(classes[:4])
     with pytest.raises(DataTypeError, match="integers from 0 on"):
         found.scores(classes - 1)
+
+
+# --- a regime that all data share -------------------------------------------------------------------------------------
+
+LEVELS = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+
+
+def regime(y):
+    c = pyro.sample("c", dist.Categorical(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)))
+    shift = pyro.sample("shift", dist.Normal(y.new_zeros(()), 0.5))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(LEVELS[c] + shift, 1.0), obs=y)
+
+
+def drawn_regime(y):
+    pyro.sample("c", dist.Categorical(torch.ones(3, dtype=torch.float64)))
+    pyro.sample("shift", dist.Normal(y.new_zeros(()), 0.5))
+
+
+def shift_alone(y):
+    pyro.sample("shift", dist.Normal(y.new_zeros(()), 0.5))
+
+
+@pytest.mark.parametrize("guide", [drawn_regime, shift_alone])
+def test_the_posterior_of_what_all_data_share(guide):
+    y = torch.tensor([0.8, 1.9, 1.1], dtype=torch.float64)
+    covariance = torch.eye(3, dtype=torch.float64) + 0.25
+    logits = [dist.MultivariateNormal(level.expand(3), covariance).log_prob(y) for level in LEVELS]
+    truth = (torch.stack(logits) + torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()).softmax(0)
+    found = attribute(regime, guide, y, site="c", data_plate=None, num_particles=20_000, seed=0)
+    assert found.value.shape == (1, 3)
+    assert bool(((found.value[0] - truth).abs() < 5 * found.stderr[0]).all())
+    assert float(found.stderr.max()) < 0.02
