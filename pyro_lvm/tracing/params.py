@@ -37,6 +37,7 @@ __all__ = [
     "evaluation_store",
     "module_parameters",
     "own_store",
+    "remember",
     "same_program",
     "strangers",
     "training_store",
@@ -359,7 +360,7 @@ def training_store(
         try:
             yield result
         finally:
-            result["params"] = _remember(model, guide, model_names, guide_names, clashes)
+            result["params"] = remember(model, guide, model_names, guide_names, clashes)
             _let_pickle()
 
 
@@ -370,7 +371,7 @@ def _copy(param: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
     return tensor.detach().clone().requires_grad_(True), constraint
 
 
-def _remember(model: Model, guide: Guide, model_names: set[str], guide_names: set[str], clashes: Params) -> Params:
+def remember(model: Model, guide: Guide, model_names: set[str], guide_names: set[str], clashes: Params) -> Params:
     """Note which parameters each callable of the pair has learned; returns all of them."""
     here = current_params()
     for program, partner, names in ((model, guide, model_names), (guide, model, guide_names)):

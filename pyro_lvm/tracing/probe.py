@@ -19,7 +19,8 @@ from pyro_lvm.tracing.enumerated import check_enumerated
 from pyro_lvm.tracing.intercept import Trace, is_latent, is_observed, run
 from pyro_lvm.tracing.isolation import validation
 from pyro_lvm.tracing.modes import find_modes
-from pyro_lvm.tracing.params import current_params, module_parameters
+from pyro_lvm.tracing.notes import note_dtypes, noted
+from pyro_lvm.tracing.params import current_params, warn_of_strangers
 from pyro_lvm.tracing.particles import Layout, Mode, Runner
 from pyro_lvm.tracing.plates import check_enclosed, check_whole, find_guide_plate, find_plate, nesting
 from pyro_lvm.tracing.sites import (
@@ -38,7 +39,6 @@ __all__ = [
     "Plan",
     "check_finite",
     "empty_guide",
-    "note_dtypes",
     "probe_pair",
     "run_or_explain",
     "run_pair",
@@ -125,10 +125,11 @@ def probe_pair(
         ParameterError: a parameter is not finite.
     """
     check_program("model", model)
-    with torch.no_grad():
+    with torch.no_grad(), noted(model, guide, data):
         runs, tied = _plain_runs(model, guide, data, data_plate)
         first = runs[0]
         check_finite(first)
+        warn_of_strangers(model, guide, first.model.keys() | first.guide.keys())
         check_whole({"model": (model, first.model), "guide": (guide, first.guide)}, first.batch)
         match = match_sites(first.model, first.guide)
         hidden = bool(check_determined(guide, first.batch.args, first.guide))
@@ -230,17 +231,6 @@ def run_or_explain(model: Model, guide: Guide, batch: Batch) -> Run:
     except RuntimeError as error:
         note_dtypes(error, batch.args, model, guide)
         raise
-
-
-def note_dtypes(error: RuntimeError, args: Sequence[Any], *programs: Any) -> None:
-    """Add to torch's error that data and parameters have different dtypes, if they have."""
-    given = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()}
-    given = given or {a.dtype for a in args[:1] if isinstance(a, torch.Tensor) and "dtype" in str(error)}
-    held = {p.dtype for program in programs for p in module_parameters(program) if p.is_floating_point()}
-    if given and held and given != held:
-        names = [", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) for dtypes in (given, held)]
-        other = ", or use module.double()" if "float64" in names[0] else ""
-        error.add_note(f"x is {names[0]} and the parameters are {names[1]}: pass x.float(){other}.")
 
 
 def _guide_follows(guide: Guide, batch: Batch, plate: str) -> bool:

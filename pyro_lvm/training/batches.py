@@ -1,13 +1,21 @@
 """Data in, batches out: the arguments of the model for one step after the other."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from pyro_lvm._checks import data_tensor, refuse
 from pyro_lvm._typing import Data
@@ -15,7 +23,7 @@ from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.tracing.batch import Batch, make_batch
 from pyro_lvm.tracing.digest import ends_digest
 
-__all__ = ["Batches", "make_batches"]
+__all__ = ["Batches", "make_batches", "parts_in_order"]
 
 
 @dataclass(frozen=True)
@@ -109,3 +117,40 @@ def _from_loader(loader: DataLoader[Any], device: torch.device | None) -> Batche
     found = (getattr(owner, "generator", None) for owner in _order_makers(loader))
     own = tuple({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
     return Batches(epoch, num_data, num_batches, generators=own)
+
+
+def parts_in_order(
+    argument: str, x: Data, args: Sequence[Any], size: int, device: torch.device | None
+) -> tuple[int, Callable[[], Iterator[tuple[Any, ...]]]]:
+    """N, and what reads the data once, ``size`` at a time: the arguments of the model, x first.
+
+    Raises:
+        DataTypeError: x is neither a tensor nor a data set with a length, or is a loader of some of its data.
+        ShapeError: no data, or nothing but NaN.
+    """
+    collate: Callable[[Any], Any] = default_collate
+    if isinstance(x, DataLoader) and not isinstance(x.dataset, IterableDataset):
+        if not isinstance(x.sampler, SequentialSampler | RandomSampler):
+            cure = "Pass torch.utils.data.Subset(dataset, indices) of those that count."
+            got = f"one with a {type(x.sampler).__name__}"
+            raise DataTypeError(refuse(argument, "a DataLoader of all its data", got, cure))
+        collate = collate if x.batch_sampler is None else x.collate_fn
+    x = x.dataset if isinstance(x, DataLoader) else x
+    if isinstance(x, IterableDataset):
+        cure = "Pass a data set with __len__ and __getitem__, or a tensor."
+        raise DataTypeError(refuse(argument, "data with a length", "an IterableDataset", cure))
+    if isinstance(x, TensorDataset) and collate is default_collate:
+        x, args = x.tensors[0], (*x.tensors[1:], *args)
+    if not isinstance(x, Dataset):
+        whole = make_batch(data_tensor(argument, x), args)
+        starts = range(0, len(whole), size)
+        return len(whole), lambda: (whole.rows(slice(i, i + size)).to(device).args for i in starts)
+    num_data = len(x)  # type: ignore[arg-type]
+    beside = make_batch(data_tensor(argument, torch.zeros(num_data)), args)
+    loader = _from_loader(DataLoader(x, size, collate_fn=collate), device)
+
+    def parts() -> Iterator[tuple[Any, ...]]:
+        for start, items in zip(range(0, num_data, size), loader.epoch(), strict=True):
+            yield (*items, *beside.rows(slice(start, start + size)).to(device).args[1:])
+
+    return num_data, parts

@@ -89,6 +89,16 @@ class Checkpoint:
         """Whether the run is to be written now."""
         return self._written is None or run.state.step - self._written[0] >= self.every
 
+    def wait(self, step: int) -> None:
+        """No file can be written, and no epoch in sight after which one could."""
+        if self._written is None and step == self.every:
+            logger.warning(
+                "%s is not written yet: in this order of data a run goes on from the end of an epoch only, and none is "
+                "in sight after %d steps. Pass tensors, or a data set whose epochs end within the run",
+                self.path,
+                step,
+            )
+
     def end(self) -> None:
         """A run has ended."""
         if self._written is None:
@@ -144,8 +154,10 @@ def _snapshot(run: "Engine") -> dict[str, Any]:
     }
 
 
-def read_run(path: str | PathLike[str]) -> dict[str, Any] | None:
+def read_run(path: str | PathLike[str], checkpoints: Sequence[Checkpoint]) -> dict[str, Any] | None:
     """What a `Checkpoint` wrote; None if there is no such file, so that one script begins and goes on.
+
+    A path to which none of the ``checkpoints`` of this run will write may be a slip, and is warned of in the log.
 
     Raises:
         CheckpointError: the file is damaged, of another kind, or of a newer format.
@@ -153,7 +165,10 @@ def read_run(path: str | PathLike[str]) -> dict[str, Any] | None:
     path = check_path("resume", path)
     Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed while it wrote
     if not path.exists():
-        logger.info("there is no %s to go on from: the run begins", path)
+        will_be = path.resolve() in [checkpoint.path.resolve() for checkpoint in checkpoints]
+        logger.log(
+            logging.INFO if will_be else logging.WARNING, "there is no %s to go on from: the run begins", path.resolve()
+        )
         return None
     return read_tensors(path, _KIND)
 

@@ -82,6 +82,7 @@ class Engine:
         self.declared: tuple[list[str], list[str]] = ([], [])  # `names` on the first batch
         self.fingerprint: dict[str, Any] = {}  # of the arguments
         self.resumed_at: list[int] = []
+        self.total = 0  # steps of the run, if the data say so
         self._started, self._replayed = time.perf_counter(), 0
 
     def look(self, loss: Any) -> tuple[set[str], set[str]]:
@@ -166,7 +167,7 @@ class Engine:
     ) -> None:
         """Step until something says stop, from the beginning or from where a `Checkpoint` was ``kept``."""
         objective, state = self.objective, self.state
-        total = num_steps or (num_epochs or 0) * (self.batches.num_batches or 0)  # 0 if the data do not say
+        total = self.total = num_steps or (num_epochs or 0) * (self.batches.num_batches or 0)
         guard = self.guard = GuardedOptimizer(optim, self.trainable, self._start)
         state.params = guard.params
         plain = PlainStep(objective, guard)
@@ -245,6 +246,9 @@ class Engine:
                     self._settle()
                     if self.guard.params_are_finite():  # else the next step takes an update back
                         checkpoint.write(self)
+        elif not (last or self.batches.foreseen) and (self.batches.num_batches or math.inf) > self.total:
+            for checkpoint in self.checkpoints:
+                checkpoint.wait(self.state.step)
 
     @property
     def seconds(self) -> float:

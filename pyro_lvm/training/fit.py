@@ -13,18 +13,20 @@ import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
-from pyro_lvm._checks import check_device, check_positive_int, refuse, shown, warn_caller
+from pyro_lvm._checks import check_device, check_positive_int, data_tensor, refuse, shown, warn_caller
 from pyro_lvm._typing import Data, Guide, Model
 from pyro_lvm._version import versions
 from pyro_lvm.errors import DataTypeError
 from pyro_lvm.objectives.default import check_loss
+from pyro_lvm.tracing.batch import Batch, make_batch
 from pyro_lvm.tracing.isolation import forked_rng
+from pyro_lvm.tracing.notes import note_arguments
 from pyro_lvm.tracing.params import Fitted, Params, anchor, training_store
-from pyro_lvm.tracing.probe import empty_guide, note_dtypes
+from pyro_lvm.tracing.probe import empty_guide
 from pyro_lvm.training.batches import make_batches
 from pyro_lvm.training.checkpoint import read_run
 from pyro_lvm.training.engine import Engine
-from pyro_lvm.training.optimizers import MakeOptimizer, adam
+from pyro_lvm.training.optimizers import MakeOptimizer, adam, check_stepped
 from pyro_lvm.training.state import FitResult, make_result
 
 __all__ = ["fit"]
@@ -133,6 +135,7 @@ def fit(
     """
     guide = empty_guide if guide is None else guide
     _check_options(model, guide, loss, optim, update, compile, progress)
+    check_stepped(optim, _sequence(callbacks))
     _check_limits(num_epochs, num_steps)
     batch_size = check_positive_int("batch_size", batch_size)
     seed = None if seed is None else check_positive_int("seed", seed, minimum=0)
@@ -148,18 +151,25 @@ def fit(
         engine.fingerprint = {"seed": seed, "update": update, "loss": type(loss).__name__, "data": batches.digest}
         engine.fingerprint |= {"num_data": batches.num_data, "num_batches": batches.num_batches}
         engine.fingerprint["batch_size"] = batch_size
-        kept = None if resume is None else read_run(resume)
+        kept = None if resume is None else read_run(resume, engine.checkpoints)
         try:
             with training_store(model, guide, lambda: engine.look(loss), engine.trainable) as store:
                 engine.train(optim or adam, num_epochs, num_steps, compile, progress, kept)
                 notes = (*engine.objective.notes, *_notes(engine.model, engine.guide, engine.objective.loss))
-        except RuntimeError as error:
-            note_dtypes(error, engine.batch, engine.model, engine.guide)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if engine.state.step == 0:  # what fails later had arguments of the right kind
+                note_arguments(error, engine.model, engine.guide, _given(data, engine.batch))
             raise
     said = tuple(engine.captured.notes) if engine.captured else ()  # logged at once
     result = _result(engine, store["params"], said + notes)
     _report(result, notes)
     return result
+
+
+def _given(data: Any, batch: Any) -> Batch:
+    """The arguments as they were given, or as they come in batches."""
+    x, *rest = data if isinstance(data, tuple) else batch
+    return make_batch(data_tensor("data", x), rest)
 
 
 def _result(engine: Engine, params: Params, notes: tuple[str, ...]) -> FitResult:

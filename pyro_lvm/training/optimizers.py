@@ -5,17 +5,19 @@ happen between gradients and update therefore lives in that call.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import DataTypeError, ParameterError
+from pyro_lvm.training.callbacks import Checkpoint, EarlyStopping, Log, Schedule
 
-__all__ = ["GuardedOptimizer", "adam", "clear_gradients", "refused_as_nonfinite"]
+__all__ = ["GuardedOptimizer", "adam", "check_stepped", "clear_gradients", "refused_as_nonfinite"]
 
 #: Makes one torch optimizer of a list of parameters.
 MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
@@ -24,6 +26,21 @@ MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 def adam(params: list[torch.Tensor]) -> torch.optim.Optimizer:
     """The default: Adam with learning rate 1e-3."""
     return torch.optim.Adam(params, lr=1e-3)
+
+
+def check_stepped(optim: Any, callbacks: Sequence[Any]) -> None:
+    """A Pyro scheduler is stepped by nobody but a callback of the user's.
+
+    Raises:
+        DataTypeError: there is none that could.
+    """
+    passive = (Checkpoint, EarlyStopping, Log, Schedule)
+    if isinstance(optim, PyroLRScheduler) and all(type(callback) in passive for callback in callbacks):
+        cure = (
+            "`fit` would never step it: pass the optimizer, `lambda params: torch.optim.Adam(params, lr=1e-3)`, and "
+            "`callbacks.Schedule` with the scheduler, or call `state.optimizer.step()` in a callback of yours."
+        )
+        raise DataTypeError(refuse("optim", "an optimizer", type(optim).__name__, cure))
 
 
 class GuardedOptimizer(PyroOptim):

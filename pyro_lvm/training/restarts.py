@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from pyro_lvm._checks import check_positive_int, refuse, shown
 from pyro_lvm.errors import DataTypeError, NonFiniteError, ParameterError
 from pyro_lvm.tracing.isolation import forked_rng
-from pyro_lvm.tracing.params import Fitted, Params, add_to_store, current_params
+from pyro_lvm.tracing.params import Fitted, Params, add_to_store, current_params, remember
 from pyro_lvm.training.state import FitResult
 
 __all__ = ["best_of", "final_loss"]
@@ -142,3 +142,4 @@ def _put_into_store(best: FitResult) -> None:
     here, mine = current_params(), _learned(best)
     if all(name not in here or here[name][0] is value for name, (value, _) in mine.items()):
         add_to_store(mine)
+        remember(best.model, best.guide, set(best.model.params), set(best.guide.params), {})

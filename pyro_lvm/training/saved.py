@@ -1,5 +1,6 @@
 """A trained pair as a file: parameters, batch statistics, history and provenance, to be put into the pair again."""
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -32,7 +33,7 @@ def save(result: FitResult, path: str | PathLike[str]) -> None:
 
     Args:
         result: what `fit`, `best_of` or `load` returned.
-        path: the file.
+        path: the file; its folder is made if it is not there.
 
     Raises:
         DataTypeError: ``result`` is not a `FitResult`.
@@ -66,7 +67,9 @@ def save(result: FitResult, path: str | PathLike[str]) -> None:
         "modules": held_by(result.modules, params),
         "history": Columns().of(result.history),
     }
-    write_tensors(check_path("path", path), _KIND, content)
+    path = check_path("path", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, _KIND, content)
 
 
 def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: TensorLike, *args: Any) -> FitResult:
@@ -89,7 +92,7 @@ def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: Tensor
 
     Raises:
         CheckpointError: the file is damaged, of another kind, of a newer format, or of a pair whose names, shapes or
-            dtypes differ; the message lists them. Nothing is changed then.
+            dtypes differ; the message lists them. Or the model has the place of the guide. Nothing is changed then.
         ParameterError: two modules of the pair register different tensors under one name.
 
     Example:
@@ -116,6 +119,7 @@ def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: Tensor
         if differ:
             cure = "Make the pair as it was when it was saved."
             raise CheckpointError(refuse("path", "the parameters of this pair", listed(differ), cure))
+        _check_not_swapped(content["names"], names)
         return names
 
     with training_store(model, guide, look) as store:
@@ -123,3 +127,11 @@ def load(path: str | PathLike[str], model: Model, guide: Guide | None, x: Tensor
     history = History(Columns.rows(content["history"]))
     rest = {name: content[name] for name in _PLAIN}
     return make_result((model, guide), content["names"], store["params"], history, modules=tuple(modules), **rest)
+
+
+def _check_not_swapped(saved: Sequence[Sequence[str]], names: tuple[set[str], set[str]]) -> None:
+    """Each half has the parameters of its own half in the file."""
+    model_names, guide_names = map(set, saved)
+    if names == (guide_names, model_names) != (model_names, guide_names):
+        expected, cure = f"the half with parameters {sorted(model_names)}", "Pass load(path, model, guide, x)."
+        raise CheckpointError(refuse("model", expected, "that of the guide", cure))

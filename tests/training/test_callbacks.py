@@ -1,14 +1,19 @@
 """Callbacks: which hooks run when, early stopping, schedules, loggers."""
 
+import logging
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_lvm.errors import DataTypeError, PyroLVMError, ShapeError
+from pyro_lvm.tracing import elbo
 from pyro_lvm.training import TrainingState, fit
 from pyro_lvm.training.callbacks import EarlyStopping, Log, Schedule, validation_elbo
 
@@ -107,6 +112,14 @@ def test_the_pyro_optimizer_that_was_given_is_the_one_that_callbacks_see():
     assert rates == {0.1 * 0.5**2}
 
 
+@pytest.mark.parametrize("callbacks", [[], [Schedule(print)], [EarlyStopping(lambda model, guide: 0.0, 3)]])
+def test_a_pyro_scheduler_that_nobody_steps_is_refused(callbacks):
+    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1}, "gamma": 0.5})
+    with pytest.raises(DataTypeError, match=r"optim: expected an optimizer, got PyroLRScheduler.*callbacks\.Schedule"):
+        fit(*make_pair(), data(), optim=optim, num_epochs=2, callbacks=callbacks)
+    assert not list(pyro.get_param_store().keys())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Early stopping.
 
@@ -148,6 +161,31 @@ def test_early_stopping_may_keep_the_last():
     stopper = EarlyStopping(scores(0.0, 1.0, 0.5, 0.5), patience=2, restore_best=False)
     result = fit(*make_pair(), data(), optim=sgd, num_epochs=50, seed=0, callbacks=[stopper])
     assert torch.equal(result.params["gain"], last["gain"])
+
+
+def test_scores_without_patience_are_recorded_to_the_end():
+    stopper = EarlyStopping(scores(*range(9, 0, -1)), patience=None)
+    result = fit(*make_pair(), data(), optim=sgd, num_epochs=9, callbacks=[stopper])
+    assert (result.stop_reason, stopper.best_step) == ("num_epochs", 1)
+    assert [row["score"] for row in result.history] == list(range(9, 0, -1))
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [(torch.zeros(300), r"shape \(300,\)"), (np.zeros(2), r"shape \(2,\)"), (None, "None"), ("high", "str")],
+)
+def test_a_score_that_is_no_number_is_named_and_nothing_trained_is_lost(value, got):
+    stopper = EarlyStopping(lambda model, guide: value, patience=3)
+    with pytest.raises(DataTypeError, match=f"score: expected one number, got {got}.*mean"):
+        fit(*make_pair(), data(), optim=sgd, num_epochs=2, callbacks=[stopper])
+    assert pyro.param("gain").item() != pytest.approx(0.1)
+
+
+def test_a_score_may_have_a_gradient():
+    x = data()
+    stopper = EarlyStopping(lambda model, guide: elbo(model, guide, x, seed=0).mean(), patience=3)
+    result = fit(*make_pair(), x, num_epochs=2, callbacks=[stopper])
+    assert type(result.history[-1]["score"]) is float
 
 
 class Normalised(nn.Module):
@@ -209,6 +247,55 @@ def test_validation_elbo_weighs_slices_by_their_size():
     fit(model, None, (x, y), num_steps=1, optim=lambda p: torch.optim.SGD(p, lr=0.0))
     exact = dist.Normal(0.5 * x.double(), 1.0).log_prob(y.double()).mean()
     assert validation_elbo(x, y)(model, None) == pytest.approx(float(exact), rel=1e-6)
+
+
+class Items(Dataset):
+    """Data that are read one by one, with noise."""
+
+    def __init__(self, *columns, noise=0.0):
+        self.columns, self.noise = columns, noise
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def __getitem__(self, i):
+        items = tuple(column[i] + self.noise * torch.randn(()) for column in self.columns)
+        return items if len(items) > 1 else items[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: (TensorDataset(x, y),),
+        lambda x, y: (Items(x, y),),
+        lambda x, y: (Items(x), y),
+        lambda x, y: (DataLoader(Items(x, y), batch_size=7, shuffle=True),),
+        lambda x, y: (DataLoader(TensorDataset(x, y), collate_fn=lambda items: torch.tensor(items).unbind(-1)),),
+        lambda x, y: (x.numpy(), y.numpy()),
+    ],
+)
+def test_validation_takes_the_data_that_fit_takes(make):
+    # y differs in each row, so that rows of x and y that do not belong together would show
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x * pyro.param("a", torch.tensor(0.5)), 1.0), obs=y)
+
+    x, y = data(2300), data(2300) ** 2
+    fit(model, None, (x, y), num_steps=1, optim=lambda p: torch.optim.SGD(p, lr=0.0))
+    exact = dist.Normal(0.5 * x.double(), 1.0).log_prob(y.double()).mean()
+    assert validation_elbo(*make(x, y))(model, None) == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_validation_of_a_data_set_that_draws_leaves_training_as_it_is():
+    x = data()
+    plain = fit(*make_pair(), x, optim=sgd, num_epochs=4, batch_size=10, seed=0)
+    pyro.clear_param_store()
+    score = validation_elbo(Items(x, noise=0.1))
+    stopper = EarlyStopping(score, patience=None, restore_best=False)
+    pair = make_pair()
+    watched = fit(*pair, x, optim=sgd, num_epochs=4, batch_size=10, seed=0, callbacks=[stopper])
+    assert watched.losses.tolist() == plain.losses.tolist()
+    assert score(*pair) == score(*pair) == watched.history[-1]["score"]
 
 
 def test_validation_sees_the_parameters_of_the_run_and_leaves_training_as_it_is():
@@ -283,6 +370,59 @@ def test_skipped_steps_do_not_advance_a_schedule():
     assert seen == [0.5**3]
 
 
+@pytest.mark.parametrize(
+    ("every", "expected"), [("epoch", [1e-4] * 6 + [1e-5] * 2), ("step", [1e-4] * 3 + [1e-5] * 2 + [1e-6] * 2 + [1e-7])]
+)
+def test_a_plateau_is_found_in_the_loss(every, expected):
+    # the loss never falls by 9: the first value stays the best, and two more are a plateau; an epoch is 2 steps
+    rates = []
+
+    class Rates(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    schedule = Schedule(
+        lambda optimizer: ReduceLROnPlateau(optimizer, patience=1, threshold=9.0, threshold_mode="abs"), every
+    )
+    fit(*make_pair(), data(), optim=lambda p: Rates(p, lr=1e-4), num_epochs=4, batch_size=10, callbacks=[schedule])
+    assert rates == pytest.approx(expected)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_finite_steps():
+    x = data(20)
+    x[3] = torch.nan
+    seen = []
+
+    class Plateau(ReduceLROnPlateau):
+        def step(self, metrics, epoch=None):
+            seen.append(metrics)
+
+    result = fit(
+        *make_pair(), x, num_epochs=2, batch_size=5, seed=0, callbacks=[Schedule(lambda o: Plateau(o), "epoch")]
+    )
+    assert result.skipped == 2
+    assert seen == pytest.approx([epoch.nanmean().item() for epoch in result.losses.split(4)])
+
+
+def test_a_plateau_of_what_should_rise_is_refused():
+    schedule = Schedule(lambda optimizer: ReduceLROnPlateau(optimizer, mode="max"))
+    with pytest.raises(DataTypeError, match='make_scheduler: expected mode="min", got "max"'):
+        fit(*make_pair(), data(), num_steps=1, callbacks=[schedule])
+
+
+@pytest.mark.parametrize("adapt", [lambda logger: logger, lambda logger: logging.LoggerAdapter(logger, {})])
+def test_log_to_the_standard_library(adapt, caplog):
+    stopper = EarlyStopping(scores(1.0, 2.0), patience=5)
+    with caplog.at_level(logging.INFO, "runs"):
+        log = Log(adapt(logging.getLogger("runs")), every=3)
+        result = fit(*make_pair(), data(), num_epochs=2, batch_size=5, callbacks=[stopper, log])
+    lines = [record.getMessage() for record in caplog.records if record.name == "runs"]
+    assert [line.split(":")[0] for line in lines] == ["step 3", "step 4", "step 6", "step 8"]
+    assert lines[0].startswith(f"step 3: epoch 1, loss {result.losses[2]:.6g}, seconds ")
+    assert lines[1] == "step 4: score 1"
+
+
 @pytest.mark.parametrize("method", ["log_metrics", "log"])
 def test_log(method):
     sent = []
@@ -310,6 +450,15 @@ def test_log(method):
         (lambda: Log(print), DataTypeError, "logger: expected log_metrics"),
         (lambda: Log(math, every=0), ShapeError, "every: expected 1 or more, got 0"),
         (lambda: validation_elbo(torch.zeros(0)), ShapeError, "x: expected shape"),
+        (lambda: validation_elbo(Items([])), ShapeError, "x: expected shape"),
+        (
+            lambda: validation_elbo(type("Stream", (IterableDataset,), {"__iter__": iter})()),
+            DataTypeError,
+            "x: expected data with a length",
+        ),
+        (lambda: validation_elbo(DataLoader(data(), sampler=[1, 2])), DataTypeError, "x: expected a DataLoader of all"),
+        (lambda: validation_elbo(torch.zeros(2), device="gpuu"), DataTypeError, "device: expected a torch device"),
+        (lambda: validation_elbo("x"), DataTypeError, "x: expected a tensor, got str"),
         (lambda: validation_elbo(torch.zeros(2), num_particles=0), ShapeError, "num_particles: expected 1 or more"),
     ],
 )

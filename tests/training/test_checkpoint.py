@@ -14,7 +14,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_lvm as lvm
 from pyro_lvm.errors import CheckpointError, DataTypeError, ShapeError
@@ -180,6 +181,11 @@ RUNS: dict[str, tuple[Callable[[], Pair], Callable[[], Any], Callable[[], dict[s
         plain_pair,
         lambda: X,
         lambda: {"optim": adam, "callbacks": [Schedule(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5), "epoch")]},
+    ),
+    "plateau": (
+        plain_pair,
+        lambda: X,
+        lambda: {"optim": adam, "callbacks": [Schedule(lambda o: ReduceLROnPlateau(o, patience=0), "epoch")]},
     ),
     "early stopping": (
         library_pair,
@@ -351,6 +357,17 @@ def test_callbacks_of_a_user_keep_their_state(tmp_path: Path) -> None:
 class Printer:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         pass
+
+
+@pytest.mark.parametrize(("written", "level"), [("run.pt", logging.INFO), ("typo.pt", logging.WARNING)])
+def test_a_file_that_no_checkpoint_will_write_is_warned_of(
+    written: str, level: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "pyro_lvm")
+    callbacks = [Checkpoint(tmp_path / written)]
+    lvm.fit(*plain_pair(), X, num_steps=2, callbacks=callbacks, resume="run.pt")
+    assert [record.levelno for record in caplog.records if "the run begins" in record.getMessage()] == [level]
 
 
 def test_one_callback_serves_run_after_run(tmp_path: Path) -> None:
@@ -659,6 +676,35 @@ def test_a_loader_without_an_end_writes_nothing_and_says_so(tmp_path: Path, capl
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         lvm.fit(model, guide, data, num_steps=9, callbacks=[Checkpoint(tmp_path / "file" / "run.pt")])
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Any:
+        while True:
+            yield from X
+
+
+@pytest.mark.parametrize(
+    ("make_data", "warnings"),
+    [
+        (lambda: DataLoader(Endless(), batch_size=5), 1),
+        (lambda: DataLoader(TensorDataset(X), batch_size=5), 1),  # of which 9 steps are no epoch
+        (lambda: DataLoader(TensorDataset(X), batch_size=10), 0),
+        (lambda: X, 0),
+    ],
+)
+def test_a_file_that_is_not_written_where_it_is_due_is_said_there(
+    make_data: Callable[[], Any], warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = []
+
+    class Reader:
+        def on_step(self, state: TrainingState) -> None:
+            seen.append(caplog.text.count("run.pt is not written yet"))
+
+    callbacks = [Checkpoint(tmp_path / "run.pt", every=3), Reader()]
+    lvm.fit(*plain_pair(), make_data(), batch_size=5, num_steps=9, callbacks=callbacks)
+    assert seen == [0] * 3 + [warnings] * 6
 
 
 def test_the_wrong_optimizer_leaves_the_pair_alone(tmp_path: Path) -> None:

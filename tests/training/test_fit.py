@@ -1,6 +1,7 @@
 """Training against hand-written loops, closed forms and fresh processes."""
 
 import random
+import re
 import warnings
 from itertools import count
 
@@ -657,6 +658,54 @@ def test_every_kind_of_data(make):
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.numpy(), Pairs, lambda x: DataLoader(Pairs(x), 10)])
 def test_batches_of_one_argument(make):
     assert fit(*make_functions(), make(data()), num_epochs=2, batch_size=10).num_steps == 10
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("make", [lambda x, y: TensorDataset(x, y), lambda x, y: (x, y.numpy()), Pairs])
+def test_data_with_an_argument_too_many_say_so(make, fitted):
+    x = data()
+    pair = make_functions()
+    if fitted:
+        result = fit(*pair, x, num_steps=1)
+        pair = (result.model, result.guide)
+    with pytest.raises(TypeError, match="positional argument") as info:
+        fit(*pair, make(x, torch.arange(len(x))), num_steps=1, batch_size=10)
+    note = r"The data give float32 \(N, 3\) and int64 \(N,\); the model takes \(x\), the guide takes \(x\)\. .*second"
+    assert [re.match(note, text) is not None for text in info.value.__notes__] == [True]
+    assert "returns x alone" in info.value.__notes__[0]
+
+
+def test_data_with_an_argument_too_few_say_so():
+    with pytest.raises(TypeError, match="missing 1 required positional argument") as info:
+        fit(regression, None, data(), num_steps=1)
+    note = "The data give float32 (N, 3); the model takes (x, y). Pass the rest beside x."
+    assert info.value.__notes__ == [note]
+
+
+def test_an_argument_error_of_a_program_itself_gets_no_note():
+    def model(x):
+        return len()
+
+    with pytest.raises(TypeError, match="takes exactly one argument") as info:
+        fit(model, None, data(), num_steps=1)
+    assert not hasattr(info.value, "__notes__")
+
+
+@pytest.mark.parametrize("batch_size", [10, 100])
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_companion_that_lacks_rows_is_named(observed, batch_size):
+    def model(x, y):
+        slope = pyro.param("slope", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            loc, obs = (x @ slope, y) if observed else (x @ slope + y, x[:, 0])
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=obs)
+
+    x = data(50)
+    with pytest.raises((RuntimeError, ValueError)) as info:
+        fit(model, None, (x, x[:30, 0]), num_steps=1, batch_size=batch_size)
+    assert info.value.__notes__ == [
+        "y has 30 rows and x has 50: every batch is given all of it. If it belongs to the data, give it 50 rows."
+    ]
 
 
 def test_arguments_without_a_row_per_datum_are_passed_whole():

@@ -155,6 +155,23 @@ def test_a_pair_that_differs(make_pair: Callable[[], Pair], words: list[str], tm
     assert not list(pyro.get_param_store().keys())
 
 
+def test_a_pair_the_wrong_way_round_is_refused(tmp_path: Path) -> None:
+    lvm.save(trained(make()), tmp_path / "pair.pt")
+    pyro.clear_param_store()
+    model, guide = make(1)
+    with pytest.raises(
+        CheckpointError, match=r"model: expected .*'loc', 'scale'.*, got that of the guide.*model, guide"
+    ):
+        lvm.load(tmp_path / "pair.pt", guide, model, X)
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "new" / "pair.pt"
+    lvm.save(trained(make()), path)
+    assert lvm.load(path, *make(1), X).num_steps == 20
+
+
 def test_what_is_no_trained_pair(tmp_path: Path) -> None:
     result = trained(prior())
     with pytest.raises(DataTypeError, match="result: expected a FitResult, got tuple"):
