@@ -107,12 +107,16 @@ class Comparison:
     def difference(self, name: str) -> tuple[float, float]:
         """Score of row ``name`` less that of the first row, paired over data, with its standard error over data.
 
-        The error is NaN for one datum or one joint result.
+        The error of one datum or one joint result is that over the draws, as if those of the two rows were
+        independent; NaN where the score is an ELBO of one draw.
         """
         row = next(row for row in self.rows if row.name == name)
         paired = row.mean_over_runs(self.ranked_by) - self.rows[0].mean_over_runs(self.ranked_by)  # (N,)
-        error = float(paired.std()) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-        return float(paired.mean()), error
+        if len(paired) > 1:
+            return float(paired.mean()), float(paired.std()) / math.sqrt(len(paired))
+        column = {"elbo": "elbo_stderr", "value": "stderr"}[self.ranked_by]
+        errors = [float(each.mean_over_runs(column)) for each in (row, self.rows[0])]
+        return float(paired), 0.0 if row is self.rows[0] else math.hypot(*errors)
 
     def gap(self, name: str) -> float:
         """Mean log p(x) - ELBO of row ``name``, from the reference if there is one, else from its own log p-hat."""
@@ -144,14 +148,16 @@ class Comparison:
     def _cells(self, row: ComparisonRow, seeds: bool, memory: bool) -> tuple[str, ...]:
         difference, error = self.difference(row.name)
         ess = torch.cat([run.efficiency for run in row.runs]).median()
+        drawn = set(row.status_shares()) != {"exact"}
+        particles = sorted({run.particles_in_words for run in row.runs}, key=lambda k: (len(k), k))
         cells = [
             row.name,
             f"{row.elbo:.3f}",
             row.quoted,
-            "" if row is self.rows[0] else f"{difference:.3f}" + ("" if math.isnan(error) else f" +- {error:.2g}"),
+            "" if row is self.rows[0] else f"{difference:.3f}" + (f" +- {error:.2g}" if error > 0 else ""),
             f"{round(self.gap(row.name), 3) + 0.0:.3f}",  # no minus zero
-            "/".join(sorted({run.particles_in_words for run in row.runs}, key=lambda k: (len(k), k))),
-            f"{float(ess):.2f}",
+            "/".join(particles) if drawn else "-",
+            f"{float(ess):.2f}" if drawn else "-",
             ", ".join(f"{word} {share:.0%}" for word, share in row.status_shares().items()),
             f"{row.num_parameters:,}" if row.num_parameters else "",
             f"{row.seconds:.1f}",

@@ -18,6 +18,7 @@ from pyro_lvm import plots
 from pyro_lvm._checks import check_path, refuse
 from pyro_lvm._files import in_place_of
 from pyro_lvm.errors import CheckpointError
+from pyro_lvm.evidence.verdict import is_joint
 from pyro_lvm.table import TextTable
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def page(comparison: Any) -> str:
         "<h2>What may be quoted</h2>",
         _list("ul", (f"<strong>{_text(name)}</strong>: {_text(words)}" for name, words in _verdicts(comparison))),
         "<h2>Table</h2>",
-        _table(comparison.table),
+        _table(comparison.table, "in all" if is_joint(run.provenance) else "per datum"),
         "<h2>Pictures</h2>",
         f'<div class="figures">{"".join(_figure(name, comparison) for name in _FIGURES)}</div>',
         "<h2>Where the numbers come from</h2>",
@@ -195,7 +196,7 @@ def _of_the_rank(comparison: Any, row: Any) -> str:
         return "ranked first"
     difference, error = comparison.difference(row.name)
     score = "ELBO" if comparison.ranked_by == "elbo" else "log p-hat"
-    errors = "" if math.isnan(error) else f" \u00b1 {error:.2g}"
+    errors = f" \u00b1 {error:.2g}" if error > 0 else ""
     said = f"{score} {abs(difference):.3f}{errors} nats below that of {best.name}"
     return f"{said}, which does not tell them apart" if abs(difference) <= 2 * error else said
 
@@ -209,13 +210,13 @@ def _mean(values: torch.Tensor) -> tuple[float, float]:
 # Table, pictures and provenance.
 
 
-def _table(table: TextTable) -> str:
+def _table(table: TextTable, nats: str) -> str:
     """The table with a caption and headers, in a box of its own that scrolls."""
     header = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.header)
     rows = "".join(
         f'<tr><th scope="row">{_text(name)}</th>{"".join(map(_cell, cells))}</tr>' for name, *cells in table.rows
     )
-    caption = "From the best to the worst; nats per datum, higher is better."
+    caption = f"From the best to the worst; nats {nats}, higher is better."
     return (
         '<div class="scroll" role="region" aria-label="Table" tabindex="0">'
         f"<table><caption><span>{caption}</span></caption>"

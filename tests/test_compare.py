@@ -2,6 +2,7 @@ import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyro_lvm as lvm
+from pyro_lvm.comparison import ComparisonRow
 
 # z ~ N(0, 1), x | z ~ N(z, 1): log p(x) = log N(x; 0, 2), posterior N(x / 2, 1 / 2). For q = N(x / 2 + b, s^2) and
 # p = N(m, v) the KL divergence is log(sqrt(v) / s) + (s^2 + (b)^2) / (2 v) - 1 / 2, here with v = 1 / 2.
@@ -227,6 +229,144 @@ def test_an_elbo_is_above_a_reference_only_beyond_its_errors():
         assert ("above the reference" in notes) is said
 
 
+@pytest.mark.parametrize(("shift", "said"), [(-1.0, True), (0.0, False), (1.0, False)])
+def test_one_joint_elbo_is_above_a_reference_beyond_the_errors_of_its_draws(shift, said):
+    exact = lvm.log_marginal(Exact(), None, X[:6], data_plate=None)
+    reference = replace(exact, value=exact.value + shift)
+    result = lvm.compare({"a": ROWS["exact"]}, X[:6], data_plate=None, reference=reference, num_particles=200)
+    assert ("a: an ELBO above the reference: the reference is of other data" in str(result)) is said
+    uncertain = replace(reference, stderr=torch.ones_like(exact.value))
+    notes = lvm.compare({"a": ROWS["exact"]}, X[:6], data_plate=None, reference=uncertain, num_particles=200).notes
+    assert "above the reference" not in " ".join(notes)
+
+
+FOUR = torch.full((20,), 4.0, dtype=torch.float64)
+BELOW = "below the reference: its guide misses mass, or the reference is wrong."
+
+
+def contradictions(result):
+    return [note for note in result.notes if " lies " in note]
+
+
+@pytest.mark.parametrize(("data_plate", "x"), [("auto", FOUR), (None, FOUR[:1])], ids=["per datum", "joint"])
+def test_a_log_p_hat_far_below_the_reference_is_pointed_out(data_plate, x):
+    """A guide on one of two modes says nothing of it, and is log 2 too low."""
+    options = {"data_plate": data_plate, "num_particles": 500}
+    exact = lvm.evidence.quadrature(square, x)
+    (note,) = contradictions(lvm.compare({"left": (square, on(-1.97))}, x, reference=exact, **options))
+    assert note.startswith("log p-hat of 'left' lies 0.")
+    assert float(note.split()[5]) == pytest.approx(math.log(2), abs=0.05)
+    assert note.split()[6] == "+-"
+    assert note.endswith(BELOW)
+
+
+def test_a_log_p_hat_above_a_reference_that_its_elbo_is_below():
+    exact = lvm.log_marginal(Exact(), None, X)
+    for lower, said in ((0.0, False), (0.2, True)):  # the ELBO is 0.32 below
+        reference = replace(exact, value=exact.value - lower)
+        found = contradictions(lvm.compare({"off": ROWS["off"]}, X, num_particles=2000, reference=reference))
+        assert bool(found) is said
+    assert found[0].startswith("log p-hat of 'off' lies 0.")
+    assert found[0].endswith("above the reference: the reference is of other data or another model.")
+
+
+def test_a_row_is_said_once_to_be_above_or_to_miss_mass():
+    exact = lvm.log_marginal(Exact(), None, X)
+    result = lvm.compare({"exact": ROWS["exact"]}, X, reference=replace(exact, value=exact.value - 1.0))
+    assert "exact: an ELBO above the reference" in str(result)
+    assert not contradictions(result)
+    pooled = lvm.compare({"left": (square, on(-1.97)), "right": (square, on(1.97))}, FOUR, num_particles=200)
+    assert "is missed by left on 100.0% of the data" in str(pooled)
+    assert not contradictions(pooled)
+
+
+def test_a_later_run_that_misses_mass_is_below_the_pooled_reference():
+    """Only the first run of a row is a part of the mixture, which finds no fault with it."""
+    both = (square, on_both)
+    rows = {"runs": [both, (square, on(1.97))], "both": both}
+    (note,) = contradictions(lvm.compare(rows, FOUR, num_particles=500))
+    assert note.startswith("log p-hat of 'runs' lies 0.3")  # half of log 2, the mean of two runs
+    assert note.endswith(BELOW)
+
+
+def on_both(x):
+    with pyro.plate("data", len(x)):
+        loc = torch.tensor([-1.97, 1.97], dtype=x.dtype)
+        pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones_like(loc)), dist.Normal(loc, 0.2)))
+
+
+def two_groups(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5], dtype=x.dtype)))
+        z = pyro.sample("z", dist.Normal(k.to(x.dtype), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def with_group(probs):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(x.new_tensor(probs)))
+            pyro.sample("z", dist.Normal((x + k) / 2, 0.8))
+
+    return guide
+
+
+@pytest.mark.parametrize(("probs", "said"), [([0.5, 0.5], False), ([1.0, 0.0], True)])
+def test_without_a_reference_rows_of_one_model_are_held_against_each_other(probs, said):
+    """One sums out a label that the other draws, so that they cannot be pooled; the other leaves out a group."""
+    rows = {"drawn": (two_groups, with_group(probs)), "summed": (two_groups, gaussian(0.25, 1.0))}
+    result = lvm.compare(rows, X, num_particles=1000)
+    assert result.reference is None
+    found = contradictions(result)
+    assert [note.split(" lies ")[0] for note in found] == ["log p-hat of 'drawn'"] * said
+    tail = "below that of 'summed': its guide misses mass, or the other value is wrong."
+    assert all(note.endswith(tail) for note in found)
+
+
+def test_what_is_not_to_be_quoted_or_of_another_model_contradicts_nothing():
+    exact = lvm.log_marginal(Exact(), None, X)
+    bad = lvm.compare({"bad": (model, gaussian(3.0, 0.05))}, X, num_particles=200, reference=exact)
+    assert bad.rows[0].status_shares()["unreliable"] > 0.5
+    assert not contradictions(bad)
+    left = (square, on(-1.97))
+    other = lvm.compare({"other": ROWS["wide"], "left": left}, FOUR, reference=lvm.evidence.quadrature(square, FOUR))
+    assert other.ranked_by == "value"
+    assert not contradictions(other)
+
+
+@pytest.mark.parametrize("num_particles", [50, 200])
+def test_biases_of_many_data_are_no_contradiction(num_particles):
+    """Of 4000 data the mean has a tiny error, and a k-hat without fault says that the largest weights are not drawn."""
+    x = X.repeat(100)
+    exact = lvm.log_marginal(Exact(), None, x)
+    result = lvm.compare({"row": (model, gaussian(0.0, 0.57))}, x, num_particles=num_particles, reference=exact)
+    record = result.rows[0].runs[0]
+    quotable = torch.from_numpy(~np.isin(record.status, ("unreliable",)))
+    error = float(record.stderr[quotable].square().sum().sqrt() / quotable.sum())
+    assert float((record.value - exact.value)[quotable].mean() - record.bias[quotable].mean()) < -5 * error
+    assert not contradictions(result)
+
+
+def test_data_that_are_not_to_be_quoted_are_left_out():
+    exact = lvm.log_marginal(Exact(), None, X)
+    status = exact.status.astype("<U20")
+    status[:10] = "unreliable"
+    value = exact.value - 0.5
+    value[:10] -= 100.0
+    row = replace(exact, value=value, status=status)
+    (note,) = contradictions(lvm.compare({"row": row}, X, reference=exact))
+    assert note == f"log p-hat of 'row' lies 0.500 {BELOW[:19]} on 75.0% of the data{BELOW[19:]}"
+
+
+def test_half_precision_of_a_reference_is_no_contradiction():
+    exact = lvm.log_marginal(Exact(), None, X)
+    moved = {"model_dtype": {"dtype": "torch.bfloat16", "rms_log_p": 0.3, "mean_log_p": -0.2}}
+    for provenance, said in (({}, True), (moved, False)):
+        reference = replace(exact, value=exact.value + 0.2, provenance=exact.provenance | provenance)
+        found = contradictions(lvm.compare({"wide": ROWS["wide"]}, X, reference=reference))
+        assert bool(found) is said
+
+
 def test_doubt_is_a_note_and_no_warning_a_row():
     text = str(lvm.compare({"bad": (model, gaussian(3.0, 0.05))}, X, num_particles=200))
     assert "bad: log p-hat is unreliable for" in text
@@ -438,8 +578,51 @@ def test_one_joint_result_is_called_that():
     assert result.notes[0].startswith("One joint result of 6 data; nats in all, higher is better.")
     assert "nan" not in str(result)
     assert "per datum" not in str(result)
+    assert "as if the draws of two rows were independent" in result.notes[0]
     alone = lvm.compare({"exact": (Exact(), None)}, X[:6], data_plate=None)
     assert alone.notes[0].startswith("One joint result of 6 data; ")
+
+
+@pytest.mark.parametrize("ranked_by", ["elbo", "value"])
+def test_the_difference_of_joint_results_has_the_error_of_their_draws(ranked_by):
+    """Over 30 seeds, each row with its own draws, the differences scatter as one of them says."""
+    x = X[20:24]
+    rows = {"first": ROWS["wide"], "second": (model, gaussian(0.1, 0.8))}
+
+    def row(name, seed):
+        record = lvm.log_marginal(*rows[name], x, data_plate=None, num_particles=200, seed=seed)
+        return ComparisonRow(name, (record,), 0, 0.0, None)
+
+    results = [lvm.Comparison((row("first", s), row("second", s + 100)), ranked_by, None, ()) for s in range(30)]
+    found = torch.tensor([result.difference("second") for result in results], dtype=torch.float64)
+    # The standard deviation of 30 has a standard error of 13 %.
+    assert float(found[:, 0].std()) == pytest.approx(float(found[:, 1].mean()), rel=0.4)
+    one, two = (each.runs[0] for each in results[0].rows)
+    column = "elbo_stderr" if ranked_by == "elbo" else "stderr"
+    assert found[0, 1] == pytest.approx(math.hypot(float(getattr(one, column)), float(getattr(two, column))))
+    assert results[0].difference("first") == (0.0, 0.0)
+    assert f"{found[0, 0]:.3f} +- {found[0, 1]:.2g}" in str(results[0])
+    assert results[0].to_pandas().loc["second", "difference_stderr"] == found[0, 1]
+
+
+def test_one_draw_has_no_error_and_an_exact_difference_shows_none():
+    one = lvm.compare({"a": ROWS["wide"], "b": ROWS["off"]}, X[:6], data_plate=None, num_particles=1)
+    assert math.isnan(one.difference(one.rows[1].name)[1])
+    exact = lvm.log_marginal(Exact(), None, X[:6], data_plate=None)
+    rows = {"first": exact, "second": replace(exact, value=exact.value - 1.0)}
+    two = lvm.compare(rows, X[:6], data_plate=None)
+    assert two.difference("second") == (pytest.approx(-1.0), 0.0)
+    assert [cells[3] for cells in two.table.rows] == ["", "-1.000"]
+
+
+def test_an_exact_row_has_no_draws():
+    rows = {"closed": (Exact(), None), "record": lvm.log_marginal(*ROWS["wide"], X, num_particles=50, seed=0)}
+    table = lvm.compare(rows, X).table
+    column = table.header.index("K")
+    cells = {name: tuple(rest)[column - 1 : column + 1] for name, *rest in table.rows}
+    assert cells["closed"] == ("-", "-")
+    assert cells["record"][0] == "50"
+    assert float(cells["record"][1]) > 0.5
 
 
 def test_peak_memory_is_that_of_the_row_on_the_device_of_the_data(monkeypatch):

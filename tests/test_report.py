@@ -3,6 +3,7 @@
 import math
 import re
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -200,6 +201,21 @@ def test_the_rank_with_its_error():
     clear = one(log_marginal([0.0, 0.0]), None, log_marginal([-1.9, -2.1]))
     assert clear.startswith("ELBO 2.000 \u00b1 0.1 nats below that of row 0; ")
     assert one(log_marginal([0.0]), None, log_marginal([-1.0])).startswith("ELBO 1.000 nats below that of row 0; ")
+
+
+@pytest.mark.parametrize(("error", "tells"), [(0.2, True), (0.4, False)])
+def test_the_rank_of_joint_results_with_the_errors_of_their_draws(error, tells):
+    rows = []
+    for i, value in enumerate((0.0, -1.0)):
+        record = log_marginal([value])
+        record.elbo_stderr.fill_(error)  # of the difference root two times as much: two of 0.28 do not reach 1
+        record = replace(record, provenance=record.provenance | {"data_plate": None, "num_data": 6})
+        rows.append(ComparisonRow(f"row {i}", (record,), 0, 0.0, None))
+    result = lvm.Comparison(tuple(rows), "elbo", None, ())
+    words = f"ELBO 1.000 \u00b1 {error * 2**0.5:.2g} nats below that of row 0"
+    assert verdict(result, rows[1]).startswith(words + ("; " if tells else ", which does not tell them apart; "))
+    assert "nats in all, higher is better" in page(result)
+    assert "nats per datum, higher is better" in page(comparison())
 
 
 @pytest.mark.parametrize(
