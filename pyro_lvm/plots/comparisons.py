@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_lvm.errors import DataTypeError
+from pyro_lvm.evidence.verdict import is_joint
 from pyro_lvm.ops import STATUSES
 from pyro_lvm.plots._drawing import (
     BLUE,
@@ -56,7 +57,7 @@ def bounds(comparison: Any, ax: "Axes | None" = None) -> "Axes":
     ax.errorbar(values, heights, xerr=errors, fmt="D", color=VERMILLION, label="log p-hat")
     if comparison.reference is not None:
         ax.axvline(comparison.reference.mean, color="0.4", linestyle="--", label="reference")
-    _finish(ax, "bound and evidence", "nats per datum")
+    _finish(ax, "bound and evidence", _nats(rows[0].runs[0]))
     return ax
 
 
@@ -88,7 +89,8 @@ def differences(comparison: Any, ax: "Axes | None" = None) -> "Axes":
     ax.axvline(0.0, color="0.75")
     ax.errorbar(values, heights, xerr=2 * errors, fmt="o", color=BLUE, capsize=3)
     score = "ELBO" if comparison.ranked_by == "elbo" else "log p-hat"
-    _finish(ax, f"{score} \u2212 best, \u00b12 errors", "nats per datum, paired")
+    nats, joint = _nats(rows[0].runs[0]), len(rows[0].runs[0]) == 1
+    _finish(ax, f"{score} \u2212 best, \u00b12 errors", nats if joint else f"{nats}, paired")
     return ax
 
 
@@ -151,6 +153,7 @@ def gaps(comparison: Any, ax: "Axes | None" = None) -> "Axes":
     """
     if hasattr(comparison, "rows"):
         ax, rows, _ = _lines(comparison, ax)
+        nats = _nats(rows[0].runs[0])
         parts = {"log p-hat \u2212 ELBO": (BLUE, [(row.log_marginal - row.elbo, 0.0) for row in rows])}
         if comparison.reference is not None:
             missed = [(comparison.reference.mean - row.log_marginal, 0.0) for row in rows]
@@ -158,6 +161,7 @@ def gaps(comparison: Any, ax: "Axes | None" = None) -> "Axes":
     else:
         found = comparison if isinstance(comparison, Mapping) else {"": comparison}
         ax = _inference_lines(found, ax)
+        nats = _nats(next(iter(found.values())))
         parts = {
             "the encoder: amortization": (ORANGE, [_mean(gap.amortization) for gap in found.values()]),
             "the family: approximation": (BLUE, [_mean(gap.approximation) for gap in found.values()]),
@@ -167,8 +171,13 @@ def gaps(comparison: Any, ax: "Axes | None" = None) -> "Axes":
         ax.annotate(f"{round(end, 2) + 0.0:.2f}", (max(reach, 0.0), height), **place)
     ax.axvline(0.0, color="0.75")
     ax.margins(x=0.18)  # room for the numbers
-    _finish(ax, "from the ELBO to log p(x)", "nats per datum above the ELBO")
+    _finish(ax, "from the ELBO to log p(x)", f"{nats} above the ELBO")
     return ax
+
+
+def _nats(record: Any) -> str:
+    """The unit of the results of a record, or of an `InferenceGap`."""
+    return "nats" if is_joint(record.provenance) else "nats per datum"
 
 
 def comparison(result: Any) -> "Figure":

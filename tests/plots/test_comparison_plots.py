@@ -34,7 +34,7 @@ def gap(approximation=(0.5, 0.1), amortization=(0.25, 0.75), converged=(True, Tr
     parts = {"approximation": approximation, "amortization": amortization}
     tensors = {name: torch.tensor(part, dtype=torch.float64) for name, part in parts.items()}
     empty = dict.fromkeys(names)
-    return lvm.InferenceGap(**empty | tensors | {"converged": torch.tensor(converged)})
+    return lvm.InferenceGap(**empty | tensors | {"converged": torch.tensor(converged), "provenance": {}})
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda f: f.__name__)
