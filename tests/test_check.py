@@ -13,7 +13,16 @@ import torch
 from pyro import poutine
 from pyro.contrib.easyguide import EasyGuide
 from pyro.distributions.transforms import Planar
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import (
+    JitTraceEnum_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import nn
 
@@ -265,6 +274,28 @@ def unregistered() -> Case:
             pyro.sample("z", dist.Normal(encoder(x[:, None])[:, 0], 1.0))
 
     return model, encoding, X, {}
+
+
+@case
+def shared_param() -> Case:
+    scaled = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, pyro.param("scale", torch.tensor(1.0))))
+    return scaled, guide_of(lambda x, w: dist.Normal(w * x, pyro.param("scale", torch.tensor(0.1)))), X, {}
+
+
+@case
+def broadcast_event() -> Case:
+    decoder = nn.Linear(1, 1)
+
+    def narrow(x: torch.Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(decoder(z[..., None]), 1.0).to_event(1), obs=x)
+
+    def summed(x: torch.Tensor) -> None:
+        guide(x.sum(1))
+
+    return narrow, summed, X[:, None].expand(-1, 3), {}
 
 
 @case
@@ -568,6 +599,177 @@ def test_an_example_of_a_constraint_on_vectors() -> None:
     assert re.match(words, lvm.check(classes, first, x).findings[0].message)
     with pytest.raises(lvm.SupportError, match=words):
         lvm.log_marginal(classes, first, x, num_particles=2)
+
+
+EYE = dist.Normal(0.0, 1.0).expand([1]).to_event(1)
+HMM = (EYE, torch.eye(1), EYE, torch.eye(1), EYE)  # of as many steps as its data have
+
+
+@pytest.mark.parametrize(
+    ("loss", "marked", "code"),
+    [
+        (None, False, "summed-out"),
+        (Trace_ELBO(), False, "drawn-from-prior"),
+        (Trace_ELBO(), True, "drawn-from-prior"),
+        (TraceMeanField_ELBO(), False, "drawn-from-prior"),
+        (TraceGraph_ELBO(), False, "drawn-from-prior"),
+        (RenyiELBO(num_particles=2), False, "drawn-from-prior"),
+        (TraceEnum_ELBO(), False, "drawn-from-prior"),
+        (TraceEnum_ELBO(), True, "summed-out"),
+        (JitTraceEnum_ELBO(ignore_jit_warnings=True), False, "drawn-from-prior"),
+        (JitTraceEnum_ELBO(ignore_jit_warnings=True), True, "summed-out"),
+        (lvm.objectives.KLAnnealing(0.5, TraceEnum_ELBO()), False, "drawn-from-prior"),
+        (lvm.objectives.KLAnnealing(0.5, TraceEnum_ELBO()), True, "summed-out"),
+        (lvm.objectives.ImportanceWeightedELBO(2), False, "summed-out"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Found vars in model", "ignore:TraceEnum_ELBO found no", "ignore:`torch.jit.trace`")
+def test_a_discrete_latent_is_summed_out_by_a_loss_that_enumerates_it_alone(loss: Any, marked: bool, code: str) -> None:
+    program = config_enumerate(switched) if marked else switched
+    report = lvm.check(program, None, X, loss=loss)
+    assert {"summed-out", "drawn-from-prior"} & set(report.codes) == {code}
+    drawn = [f for f in report.findings if f.code == "drawn-from-prior"]
+    assert all("TraceEnum_ELBO of a model under config_enumerate" in f.cure for f in drawn)
+    assert report.ok != isinstance(loss, TraceMeanField_ELBO | TraceGraph_ELBO)  # which cannot be taken at all
+    if report.ok:
+        notes = lvm.fit(program, None, X, loss=loss, num_steps=1).notes
+        assert any("draws from the model's prior" in note for note in notes) == bool(drawn)
+
+
+class Both(nn.Module):
+    """A model beside an encoder that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def model(self, x: torch.Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.decoder(z[..., None])[..., 0], 1.0), obs=x)
+
+
+def slope_guide(slope: Callable[[], torch.Tensor]) -> Program:
+    return guide_of(lambda x, w: dist.Normal(w + slope() * x, 1.0))
+
+
+def score_of_x(x: torch.Tensor) -> torch.Tensor:
+    """A slope of the density by autograd, at a tensor that is made anew in each run."""
+    with torch.enable_grad():
+        at = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(dist.Normal(0.0, 1.0).log_prob(at).sum(), at, create_graph=True)[0]
+
+
+def test_tensors_that_nothing_trains_are_named_or_told_by_their_shape() -> None:
+    plain, encoder = torch.full((), 0.1, requires_grad=True), nn.Linear(1, 1)
+    found = lvm.check(model, slope_guide(lambda: plain), X).findings
+    assert [(f.code, f.level) for f in found] == [("unregistered", "warning")]
+    assert "got none of shape ()." in found[0].message
+    assert "pyro.param" in found[0].cure
+    found = lvm.check(model, slope_guide(lambda: encoder(torch.ones(1))[0]), X).findings
+    assert [(f.code, f.site) for f in found] == [("unregistered", "Linear")]
+    assert "got none of 'bias', 'weight'" in found[0].message
+    assert plain.grad is None
+    assert encoder.weight.grad is None
+
+
+def test_what_is_not_used_or_only_lives_in_a_run_is_no_tensor_to_register() -> None:
+    assert lvm.check(Both().model, guide, X).codes == ()
+    unused, frozen = nn.Linear(1, 1), torch.full((), 0.1)
+    slope = lambda: unused(torch.ones(1)).detach()[0] + frozen  # noqa: E731
+    assert lvm.check(model, slope_guide(slope), X).codes == ()
+    scored = guide_of(lambda x, w: dist.Normal(w * (x + score_of_x(x)) + w * x, 1.0))
+    assert lvm.check(model, scored, X).codes == ()
+    assert lvm.check(model, guide, X.clone().requires_grad_()).codes == ()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shown"),
+    [
+        (torch.tensor(1.0), torch.tensor(0.1), "0.1 in the guide and 1 in the model"),
+        (lambda: torch.tensor(1.0), torch.tensor(0.1), "0.1 in the guide and 1 in the model"),
+        (torch.tensor([1.0, 2.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]), "3 in the guide and 2 in the model, element 2"),
+        (torch.ones(3), torch.ones(1), "shape (1,) in the guide and (3,) in the model"),
+        (torch.tensor(1.0), torch.tensor(1.0), ""),
+        (lambda: torch.randn(()), lambda: torch.randn(()), ""),
+        (None, torch.tensor(0.1), ""),
+    ],
+)
+def test_a_param_of_both_halves_starts_at_one_value(ours: Any, theirs: Any, shown: str) -> None:
+    scaled = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, pyro.param("s", ours).exp().mean()))
+    other = guide_of(lambda x, w: dist.Normal(w * x, pyro.param("s", theirs).exp().mean()))
+    found = [f for f in lvm.check(scaled, other, X).findings if f.code == "shared-param"]
+    assert len(found) == bool(shown)
+    assert all(f.site == "s" and shown in f.message for f in found)
+
+
+def test_a_param_of_both_halves_that_starts_at_random_may_be_shared() -> None:
+    scaled = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, pyro.param("s", torch.rand(()) + 1)))
+    other = guide_of(lambda x, w: dist.Normal(w * x, pyro.param("s", torch.rand(()) + 1)))
+    assert lvm.check(scaled, other, X).codes == ()
+
+
+@pytest.mark.parametrize("likelihood", [lambda z: dist.Normal(z, 1.0), lambda z: dist.Bernoulli(logits=z)])
+@pytest.mark.parametrize("loss", [None, Trace_ELBO()])
+def test_a_forgotten_obs_is_no_missing_site(likelihood: Any, loss: Any) -> None:
+    def forgotten(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", likelihood(pyro.sample("z", dist.Normal(0.0, 1.0))))
+
+    report = lvm.check(forgotten, guide, X, loss=loss)
+    assert report.codes == ("no-data",)
+    assert "obs=x at 'x'" in report.findings[0].cure
+    for call in (lambda: lvm.fit(forgotten, guide, X, num_steps=1, loss=loss), lambda: lvm.elbo(forgotten, guide, X)):
+        with pytest.raises(lvm.SiteError, match=r"got none.*Write obs=x at 'x'"):
+            call()
+
+
+def test_a_factor_is_data() -> None:
+    def weighed(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Normal(0.0, 1.0))
+            pyro.factor("x", -((x - z - k) ** 2))
+
+    assert lvm.check(weighed, guide, X).codes == ("missing-site",)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "value", "shown"),
+    [
+        (
+            lambda z, x: dist.Normal(z[..., None], 1.0).to_event(1),
+            "wide",
+            "of the data, (3,), got (1,): one number of the distribution stands for 3",
+        ),
+        (lambda z, x: dist.Normal(z[..., None], 1.0).mask(x[:, :1] > 0).to_event(1), "wide", "got (1,)"),
+        (
+            lambda z, x: dist.Normal(z[..., None].expand(-1, 3), 1.0).to_event(1),
+            "narrow",
+            "of the data, (1,), got (3,): one number of the data stands for 3",
+        ),
+        (lambda z, x: dist.Normal(z[..., None], torch.ones(3)).to_event(1), "wide", ""),
+        (lambda z, x: dist.Normal(torch.zeros(1), z.exp()), "flat", ""),
+        (lambda z, x: dist.GaussianHMM(*HMM), "long", ""),
+        (lambda z, x: dist.Normal(torch.zeros(1), 1.0), "flat", ""),
+    ],
+)
+def test_an_event_that_is_narrower_than_its_datum(likelihood: Any, value: str, shown: str) -> None:
+    data = {"flat": X, "wide": X[:, None] + torch.arange(3.0), "narrow": X[:, None], "long": X[:, None, None]}[value]
+    data = data.expand(-1, 4, 1) if value == "long" else data
+
+    def program(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", likelihood(pyro.sample("z", dist.Normal(0.0, 1.0)), x), obs=x)
+
+    report = lvm.check(
+        program, guide_of(lambda x, w: dist.Normal(w * x.flatten(1).sum(1) if x.dim() > 1 else w * x, 1.0)), data
+    )
+    assert report.ok, str(report)
+    found = [f for f in report.findings if f.code == "broadcast-event"]
+    assert len(found) == bool(shown), str(report)
+    assert all(f.site == "x" and shown in f.message for f in found)
 
 
 def test_one_datum_and_nan_can_be_checked() -> None:

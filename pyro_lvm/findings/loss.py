@@ -6,18 +6,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
 
 from pyro_lvm._typing import Model
 from pyro_lvm.findings.evaluation import OTHER_MODES
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted, told
-from pyro_lvm.objectives.default import model_and_loss
+from pyro_lvm.objectives.default import drawn_latents, model_and_loss
 from pyro_lvm.objectives.gradients import gradient_moments, gradients_put_aside
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
 from pyro_lvm.objectives.setting import needs_score
 from pyro_lvm.ops.running import RunningMoments
 from pyro_lvm.tracing.intercept import is_latent, run
 from pyro_lvm.tracing.isolation import validation
+from pyro_lvm.tracing.leaves import stray_tensors
 from pyro_lvm.tracing.params import current_params
 from pyro_lvm.tracing.plates import nesting
 from pyro_lvm.training.diagnosis import explained
@@ -41,8 +42,7 @@ def _gradients(subject: Subject) -> Iterator[Finding]:
         yield finding("nothing-to-train", "pair: expected a parameter with a gradient, got none.", "See pyro.param.")
         return
     try:
-        aside = gradients_put_aside(subject.model, subject.guide, loss)
-        with aside, validation(not subject.batch.has_nan()), torch.enable_grad():
+        with _put_aside(subject, loss), validation(not subject.batch.has_nan()), torch.enable_grad():
             values, moments = gradient_moments(loss, program, subject.guide, subject.batch, leaves, _REPEATS)
     except ValueError as error:
         named = explained(error, subject.model, subject.guide, subject.batch.args, len(subject.batch))
@@ -59,7 +59,7 @@ def _gradients(subject: Subject) -> Iterator[Finding]:
         return
     still = _without_gradient(moments)
     if still:  # a last layer that begins at zero keeps gradients from those before it, at that point only
-        with _moved(leaves), gradients_put_aside(subject.model, subject.guide), torch.enable_grad(), validation(False):
+        with _moved(leaves), _put_aside(subject, loss), torch.enable_grad(), validation(False):
             moments = gradient_moments(loss, program, subject.guide, subject.batch, leaves, _REPEATS)[1]
         still = [name for name in _without_gradient(moments) if name in still]
     if still:
@@ -68,6 +68,18 @@ def _gradients(subject: Subject) -> Iterator[Finding]:
             "Does the density depend on them? A second module under one name, a detach() or a branch leaves them out."
         )
         yield finding("no-gradient", message, cure, still[0])
+
+
+@contextmanager
+def _put_aside(subject: Subject, loss: Any) -> Iterator[None]:
+    """Give all that has a gradient of this loss the one back that it had, in the param store or not."""
+    strays = [(t, t.grad) for t in stray_tensors(subject.model, subject.guide, subject.batch.args, "both")]
+    with gradients_put_aside(subject.model, subject.guide, loss):
+        try:
+            yield
+        finally:
+            for tensor, grad in strays:
+                tensor.grad = grad
 
 
 def _without_gradient(moments: Mapping[str, RunningMoments]) -> list[str]:
@@ -104,17 +116,24 @@ def _options(subject: Subject, loss: Any) -> Iterator[Finding]:
         yield finding("vectorised-particles", message, "Pass vectorize_particles=False: it fails or is wrong as it is.")
 
 
+def _drawn(subject: Subject) -> Iterator[Finding]:
+    """Discrete latents that are left to a loss that does not enumerate them."""
+    drawn = drawn_latents(subject.pair.model, subject.pair.guide, subject.loss)
+    if drawn:
+        kind = type(getattr(subject.loss, "wrapped", subject.loss)).__name__
+        message = f"latents {quoted(drawn)}: the guide lacks them, and {kind} draws them from the prior."
+        cure = (
+            "Its bound is looser than with these summed out: loss=None does that, and so does TraceEnum_ELBO of a "
+            'model under config_enumerate (or with infer={"enumerate": "parallel"} at the site).'
+        )
+        yield finding("drawn-from-prior", message, cure, drawn[0])
+
+
 def _score(subject: Subject, loss: Any) -> Iterator[Finding]:
     """Discrete latents, which have no gradient of their own."""
     if not isinstance(loss, ELBO) or uses_mean_field(loss):
         return
-    kind, model = type(loss).__name__, subject.pair.model
-    mine = [n for n, s in model.items() if is_latent(s) and n not in subject.pair.guide]
-    drawn = [n for n in mine if getattr(model[n]["fn"], "has_enumerate_support", False)]
-    if drawn and type(loss) is Trace_ELBO:
-        message = f"latents {quoted(drawn)}: the guide lacks them, and {kind} draws them from the prior."
-        cure = "Its bound is looser than with these summed out: loss=None does that, and so does TraceEnum_ELBO."
-        yield finding("drawn-from-prior", message, cure, drawn[0])
+    kind = type(loss).__name__
     with torch.enable_grad():
         guide = run(subject.guide, subject.batch.args)
     latents = {n: s for n, s in guide.items() if is_latent(s)}
@@ -137,4 +156,4 @@ def _kl(subject: Subject, program: Model, loss: Any) -> Iterator[Finding]:
 
 
 #: In the order in which they are asked.
-QUESTIONS = (_gradients,)
+QUESTIONS = (_drawn, _gradients)

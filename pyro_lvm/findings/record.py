@@ -40,6 +40,8 @@ LEVELS: dict[str, Level] = {
     "fails": "error",
     "refused": "error",
     "unregistered": "warning",
+    "shared-param": "warning",
+    "broadcast-event": "warning",
     "scales": "warning",
     "no-gradient": "warning",
     "guide-ignores-x": "warning",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from pyro_lvm.findings.record import Finding, Subject, finding, quoted, told
+from pyro_lvm.objectives.default import drawn_latents
 from pyro_lvm.tracing.intercept import Site, in_words, is_latent, outside_support, run, support
 from pyro_lvm.tracing.isolation import called_modules
 from pyro_lvm.tracing.params import module_parameters
@@ -46,7 +47,8 @@ def _names(subject: Subject) -> Iterator[Finding]:
     if subject.needs_no_guide:
         return
     match = match_sites(subject.pair.model, subject.pair.guide)
-    for name in match.enumerated:
+    drawn = drawn_latents(subject.pair.model, subject.pair.guide, subject.loss)
+    for name in (n for n in match.enumerated if n not in drawn):
         message = f"latent {name!r}: the guide lacks it, and it is discrete: it is summed out exactly."
         yield finding("summed-out", message, "Nothing to do; sample it in the guide if it is to have a q.", name)
     for name in match.check_support:

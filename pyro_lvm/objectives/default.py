@@ -6,18 +6,32 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import Delta
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import (
+    ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceTMC_ELBO,
+    config_enumerate,
+)
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import DataTypeError, SiteError
+from pyro_lvm.objectives.annealing import KLAnnealing
 from pyro_lvm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_lvm.tracing.intercept import Trace, base_distribution, is_latent, is_unobserved, without
 from pyro_lvm.tracing.params import anchor
 from pyro_lvm.tracing.plates import nesting
+from pyro_lvm.tracing.sites import check_observes
 
-__all__ = ["check_loss", "default_loss", "model_and_loss"]
+__all__ = ["check_loss", "default_loss", "drawn_latents", "model_and_loss"]
 
 Program = Callable[..., Any]
+
+_DRAWING = (Trace_ELBO, TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep)
+_ENUMERATING = (TraceEnum_ELBO, TraceTMC_ELBO)  # what is marked for it
 
 
 def check_loss(loss: Any) -> None:
@@ -42,15 +56,18 @@ def model_and_loss(program: Program, owner: Program, model: Trace, guide: Trace,
         loss: what the user gave.
 
     Raises:
-        SiteError: no loss is given and the guide lacks a latent that cannot be enumerated.
+        SiteError: no loss is given and the guide lacks a latent that cannot be enumerated; or the guide lacks a latent
+            and the model observes nothing.
     """
     unobserved = [n for n, s in model.items() if is_latent(s) and n not in guide and is_unobserved(n)]
     if unobserved and not isinstance(loss, ImportanceWeightedELBO):  # whose log-weights leave these sites out
         # The half of an obs_mask that is not there: drawn from the model, it cancels.
         program = without(program, unobserved.__contains__)
-    if loss is not None:
-        return program, loss
     seen = {n: s for n, s in model.items() if n not in unobserved}
+    if loss is not None:
+        if isinstance(loss, ELBO):
+            check_observes(seen, _missing(seen, guide))
+        return program, loss
     loss, enumerate_model = default_loss(owner, seen, guide)
     return config_enumerate(program) if enumerate_model else program, loss
 
@@ -60,20 +77,39 @@ def default_loss(program: Program, model: Trace, guide: Trace) -> tuple[Any, boo
 
     Without a guide, a model with latents that Pyro cannot enumerate is trained by its own exact ``log_prob``.
     """
-    latents = {n: s["fn"] for n, s in model.items() if is_latent(s)}
-    missing = {n: fn for n, fn in latents.items() if n not in guide and not isinstance(base_distribution(fn), Delta)}
+    missing = _missing(model, guide)
     lacking = [n for n, fn in missing.items() if not getattr(fn, "has_enumerate_support", False)]
     if lacking and not guide and callable(getattr(anchor(program), "log_prob", None)):
         return _exact(anchor(program)), False
+    check_observes(model, missing)
     if lacking:
+        latents = [n for n, s in model.items() if is_latent(s)]
         sampled = [n for n, s in guide.items() if is_latent(s)]
         cure = f"Sample {lacking} in the guide: only discrete latents may be left out, to be enumerated."
-        message = refuse("guide", f"the latent sites {list(latents)} of the model", sampled, cure)
+        message = refuse("guide", f"the latent sites {latents} of the model", sampled, cure)
         raise SiteError(message, finding="missing-site")
     marked = any(is_latent(s) and s["infer"].get("enumerate") for s in guide.values())
     if not (missing or marked):
         return Trace_ELBO(), False
     return TraceEnum_ELBO(max_plate_nesting=nesting(model, guide)), bool(missing)
+
+
+def drawn_latents(model: Trace, guide: Trace, loss: Any) -> list[str]:
+    """Discrete latents that the guide lacks and the loss of a user draws from the prior, where others sum them out."""
+    loss = loss.wrapped if isinstance(loss, KLAnnealing) else loss
+    if not isinstance(loss, _DRAWING + _ENUMERATING):
+        return []
+    missing = _missing({n: s for n, s in model.items() if not is_unobserved(n)}, guide)
+    drawn = [n for n, fn in missing.items() if getattr(fn, "has_enumerate_support", False)]
+    if isinstance(loss, _ENUMERATING):
+        drawn = [n for n in drawn if model[n]["infer"].get("enumerate") != "parallel"]
+    return drawn
+
+
+def _missing(model: Trace, guide: Trace) -> dict[str, Any]:
+    """The distributions of the latents that the guide lacks and that are not determined by others."""
+    latents = {n: s["fn"] for n, s in model.items() if is_latent(s) and n not in guide}
+    return {n: fn for n, fn in latents.items() if not isinstance(base_distribution(fn), Delta)}
 
 
 def _exact(owner: Any) -> Callable[..., torch.Tensor]:

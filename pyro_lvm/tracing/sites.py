@@ -1,7 +1,7 @@
 """How the sites of a guide fit those of its model, and what is refused."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "Match",
     "check_determined",
     "check_free",
+    "check_observes",
     "check_shapes",
     "check_spread",
     "guide_sites",
@@ -88,7 +89,8 @@ def match_sites(model: Trace, guide: Trace) -> Match:
     """Assign each site its role.
 
     Raises:
-        SiteError: a latent is missing from the guide, or the guide has one that the model lacks.
+        SiteError: a latent is missing from the guide, the guide has one that the model lacks, or a latent is missing
+            and the model observes nothing.
         SupportError: the guide's support does not cover the prior's, so that every answer would be biased.
     """
     latents = {n: s for n, s in model.items() if is_latent(s)}
@@ -98,6 +100,7 @@ def match_sites(model: Trace, guide: Trace) -> Match:
     free = tuple(n for n in lacking if is_unobserved(n))
     determined = tuple(n for n, s in lacking.items() if n not in free and is_delta(s))
     missing = [n for n in lacking if n not in free + determined]
+    check_observes(model, missing)
     cardinality = 1
     for name in missing:
         cardinality *= _cardinality(name, latents[name], list(proposals))
@@ -157,6 +160,19 @@ def check_spread(names: Sequence[str], guide: Trace) -> None:
             expected = f"a spread that {str(mean.dtype).removeprefix('torch.')} can show beside the mean"
             cure = "All draws are one number, and weights all alike: bound the scale from below, or compute in float64."
             raise SupportError(refuse(f"guide site {name!r}", expected, got, cure), finding="point-mass")
+
+
+def check_observes(model: Trace, missing: Iterable[str]) -> None:
+    """A latent that the guide lacks, in a model that observes nothing, is one whose data were forgotten.
+
+    Raises:
+        SiteError: there is one.
+    """
+    names = list(missing)
+    if names and not any(is_observed(site) for site in model.values()):
+        where = repr(names[0]) if len(names) == 1 else f"one of {names}"
+        cure = f"Write obs=x at {where}, which the guide lacks."
+        raise SiteError(refuse("model", "at least one observed site", "none", cure), finding="no-data")
 
 
 def _without_ones(shape: torch.Size) -> torch.Size:

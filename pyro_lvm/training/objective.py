@@ -6,19 +6,20 @@ L = -(N/B) sum_n log p(x_n, z_n | w) / q(z_n) - log p(w) / q(w): otherwise the p
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, SiteError
-from pyro_lvm.objectives.annealing import KLAnnealing
-from pyro_lvm.objectives.default import model_and_loss
+from pyro_lvm.objectives.default import drawn_latents, model_and_loss
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
-from pyro_lvm.tracing.intercept import Trace, is_factor, is_latent, is_observed, is_unobserved, run, scaled_plate
+from pyro_lvm.tracing.intercept import Trace, is_factor, is_latent, is_observed, run, scaled_plate
 from pyro_lvm.tracing.isolation import eval_mode
+from pyro_lvm.tracing.leaves import meets_strays, stray_names
 from pyro_lvm.tracing.questions import batch_plate
 from pyro_lvm.training.diagnosis import check_follows_batches, outside_sites
 
@@ -62,7 +63,8 @@ def make_objective(
 
     Raises:
         SiteError: the guide samples what the model does not have; no loss is given and the guide lacks a latent that
-            cannot be enumerated; or the loss is a ``TraceMeanField_ELBO``, which would be wrong on this pair.
+            cannot be enumerated; the guide lacks a latent and the model observes nothing; or the loss is a
+            ``TraceMeanField_ELBO``, which would be wrong on this pair.
         PlateError: the guide has parameters for each datum and a batch is not all data, or the loss must be scaled to
             the data set, and cannot be.
     """
@@ -86,8 +88,10 @@ def make_objective(
     frozen = {"model": "guide", "guide": "model"}.get(update)
     if frozen and not _is_messenger(programs[frozen]):
         programs[frozen] = _in_eval_mode(programs[frozen])
-    programs["model"], loss = model_and_loss(programs["model"], model, model_trace, guide_trace, loss)
     notes = _drawn_notes(model_trace, guide_trace, loss)
+    programs["model"], loss = model_and_loss(programs["model"], model, model_trace, guide_trace, loss)
+    if isinstance(loss, ELBO):  # a function may see to parameters of its own
+        notes += _stray_notes(model, guide, batch, update)
     if uses_mean_field(loss):
         notes += _mean_field_notes(programs["model"], programs["guide"], batch)
     return Objective(programs["model"], programs["guide"], loss, total, outside_sites(model_trace), notes)
@@ -104,15 +108,30 @@ def _mean_field_notes(model: Program, guide: Program, batch: Args) -> tuple[str,
 
 def _drawn_notes(model: Trace, guide: Trace, loss: Any) -> tuple[str, ...]:
     """Say which discrete latents a loss draws from the prior, because the guide lacks them."""
-    loss = loss.wrapped if isinstance(loss, KLAnnealing) else loss
-    lacking = [n for n, s in model.items() if is_latent(s) and n not in guide and not is_unobserved(n)]
-    drawn = [n for n in lacking if getattr(model[n]["fn"], "has_enumerate_support", False)]
-    if not (drawn and isinstance(loss, Trace_ELBO)):
+    drawn = drawn_latents(model, guide, loss)
+    if not drawn:
         return ()
+    kind = type(getattr(loss, "wrapped", loss)).__name__
     return (
-        f"the guide lacks the discrete latents {drawn}, which {type(loss).__name__} draws from the model's prior: its "
+        f"the guide lacks the discrete latents {drawn}, which {kind} draws from the model's prior: its "
         "bound is looser than with these summed out. loss=None sums them out, as does TraceEnum_ELBO of a model under "
         "config_enumerate; for KLAnnealing sample them in the guide",
+    )
+
+
+def _stray_notes(model: Program, guide: Program, batch: Args, update: str) -> tuple[str, ...]:
+    """Say which tensors of the half that is trained require a gradient and are left as they are."""
+    found: dict[str, list[str]] = {}
+    with suppress(Exception):  # a pair that does not run with gradients fails at its first step, in its own words
+        found = stray_names(model, guide, batch, update) if meets_strays(model, guide, batch) else {}
+    names = [f"{', '.join(map(repr, sorted(own)))} of a {kind}" for kind, own in found.items() if kind]
+    names += [f"a tensor of shape {shape}" for shape in found.get("", ())]
+    if not names:
+        return ()
+    return (
+        f"what requires a gradient is in no param store, so that nothing trains it: {', '.join(names)}. Register a "
+        'network by pyro.module("name", module) and a tensor by pyro.param("name", tensor); requires_grad_(False) says '
+        "that it is to stay as it is",
     )
 
 

@@ -371,6 +371,41 @@ def test_integers_get_a_note():
     assert caught.value.__notes__ == ["x is int32 and the parameters are float32: pass x.float()."]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors that nothing trains.
+
+
+def loose(slope):
+    """A guide whose scale is a parameter and whose slope is not."""
+
+    def guide(x):
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope(x), scale))
+
+    return guide
+
+
+def test_a_tensor_in_no_param_store_is_noted(caplog):
+    weight, encoder = torch.full((3,), 0.1, requires_grad=True), torch.nn.Linear(3, 1)
+    notes = fit(factor, loose(lambda x: x @ weight), data(), num_steps=2).notes
+    assert len(notes) == 1
+    assert "is in no param store, so that nothing trains it: a tensor of shape (3,)" in notes[0]
+    assert notes[0] in caplog.text
+    pyro.clear_param_store()
+    notes = fit(factor, loose(lambda x: encoder(x)[:, 0]), data(), num_steps=2).notes
+    assert "nothing trains it: 'bias', 'weight' of a Linear" in notes[0]
+    pyro.clear_param_store()
+    frozen = loose(lambda x: encoder.requires_grad_(False)(x)[:, 0])
+    assert fit(factor, frozen, data(), num_steps=2).notes == ()
+
+
+@pytest.mark.parametrize(("update", "said"), [("both", True), ("guide", True), ("model", False)])
+def test_a_half_that_is_frozen_need_not_be_registered(update, said):
+    weight = torch.full((3,), 0.1, requires_grad=True)
+    assert bool(fit(factor, loose(lambda x: x @ weight), data(), num_steps=2, update=update).notes) == said
+
+
 def test_without_a_guide_a_model_is_trained_by_its_own_density():
     torch.manual_seed(0)
     model, x = BinaryLatent(2, 3), pixels().round()
