@@ -16,7 +16,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_lvm._checks import check_program, data_tensor
-from pyro_lvm._typing import Guide, Model, TensorLike
+from pyro_lvm._typing import DataPlate, Guide, Model, TensorLike
 from pyro_lvm.findings import Finding, Subject, examine
 from pyro_lvm.objectives.default import check_loss
 from pyro_lvm.tracing.batch import Batch, make_batch
@@ -68,7 +68,9 @@ class CheckReport:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def check(model: Model, guide: Guide | None, x: TensorLike, *args: Any, loss: Any = None) -> CheckReport:
+def check(
+    model: Model, guide: Guide | None, x: TensorLike, *args: Any, loss: Any = None, data_plate: DataPlate = "auto"
+) -> CheckReport:
     """Look for what makes the training or the evaluation of a pair wrong, without training it.
 
     The pair is run on x a few times, at two sizes of the data, with its densities and the gradients of its loss. An
@@ -84,6 +86,7 @@ def check(model: Model, guide: Guide | None, x: TensorLike, *args: Any, loss: An
         x: data ``(N, ...)``; a batch is enough, unless there are parameters for each datum.
         *args: further arguments of both.
         loss: the loss that `fit` is going to get; None is what `fit` takes for None.
+        data_plate: as evaluators are going to get it; None where one joint result is wanted.
 
     Returns:
         `CheckReport`.
@@ -117,7 +120,7 @@ def check(model: Model, guide: Guide | None, x: TensorLike, *args: Any, loss: An
     guide, loss = uncalled_copy(guide), _copied(loss)
     foreign = held_by_others(model, guide)
     with _no_trace(model, guide, batch) as in_train_mode:
-        subject = Subject(model, guide, batch, loss, in_train_mode, foreign)
+        subject = Subject(model, guide, batch, loss, in_train_mode, foreign, data_plate)
         found = sorted(examine(subject), key=lambda finding: list(_WORDS).index(finding.level))
     return CheckReport(tuple(found), len(batch))
 

@@ -24,6 +24,7 @@ from pyro.infer import (
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.ops.indexing import Vindex
 from torch import nn
 
 import pyro_lvm as lvm
@@ -280,6 +281,19 @@ def unregistered() -> Case:
 def shared_param() -> Case:
     scaled = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, pyro.param("scale", torch.tensor(1.0))))
     return scaled, guide_of(lambda x, w: dist.Normal(w * x, pyro.param("scale", torch.tensor(0.1)))), X, {}
+
+
+@case
+def moved_values() -> Case:
+    table = torch.tensor([[0.0, 0.0, 2.0], [2.0, 2.0, 0.0]])
+
+    def indexed(x: torch.Tensor) -> None:
+        c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])))
+        mean = pyro.param("mean", torch.tensor(0.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mean + table[c], 1.0), obs=x)
+
+    return indexed, None, X[:3], {"data_plate": None}
 
 
 @case
@@ -794,3 +808,44 @@ def test_a_good_pair_has_no_finding() -> None:
     assert report.ok
     assert report.codes == ()
     assert str(report) == "check on 6 data: nothing found"
+
+
+def test_a_joint_result_is_no_fault_where_one_is_wanted():
+    def regression(y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(slope * torch.arange(len(y)), 1.0), obs=y)
+
+    def guide(y):
+        loc = pyro.param("slope_loc", torch.tensor(0.1))
+        pyro.sample("slope", dist.Normal(loc, 0.1))
+
+    y = torch.arange(5.0)
+    assert "outside-plate" in lvm.check(regression, guide, y).codes
+    assert lvm.check(regression, guide, y, data_plate=None).codes == ()
+
+
+def test_values_of_a_summed_latent_that_moved():
+    """`table[c]` puts them where the loss and the evaluators do not look."""
+    table = torch.tensor([[0.0, 0.0, 2.0], [2.0, 2.0, 0.0]])
+
+    def model(y, index):
+        mean = pyro.param("mean", torch.tensor(0.0))
+        c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(mean + index(table, c), 1.0), obs=y)
+
+    def right(y):
+        model(y, lambda table, c: Vindex(table)[..., c, torch.arange(3)])
+
+    def wrong(y):
+        model(y, lambda table, c: table[c])
+
+    y = torch.tensor([0.3, 1.0, 2.0])
+    assert lvm.check(right, None, y, data_plate=None).ok
+    assert lvm.check(wrong, None, y, data_plate=None).codes == ("moved-values",)
+    lvm.fit(right, None, y, num_steps=2, batch_size=3)
+    for loss in (None, pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)):
+        program = wrong if loss is None else pyro.infer.config_enumerate(wrong)
+        with pytest.raises(lvm.errors.SiteError, match="Vindex"):
+            lvm.fit(program, None, y, num_steps=2, batch_size=3, loss=loss)

@@ -20,8 +20,8 @@ OTHER_MODES = ("folded", "looped")
 def _evaluation(subject: Subject) -> Iterator[Finding]:
     if subject.needs_no_guide:
         return
-    subject.plan = plan = probe_pair(subject.model, subject.guide, subject.batch)
-    if plan.tied:
+    subject.plan = plan = probe_pair(subject.model, subject.guide, subject.batch, subject.data_plate)
+    if plan.tied and subject.data_plate is not None:
         message = "pair: runs on all of x only, for it has parameters for each datum or a plate of fixed size."
         yield finding("whole-data", message, "Train it with batch_size=len(x), and evaluate it on these very data.")
     modes = {"model": plan.model_mode, "guide": plan.guide_mode}

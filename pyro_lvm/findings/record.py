@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyro_lvm._typing import Guide, Model
+from pyro_lvm._typing import DataPlate, Guide, Model
 from pyro_lvm.errors import PyroLVMError
 from pyro_lvm.tracing.batch import Batch
 from pyro_lvm.tracing.params import anchor
@@ -23,6 +23,7 @@ LEVELS: dict[str, Level] = {
     "observed-in-guide": "error",
     "no-data": "error",
     "event-dims": "error",
+    "moved-values": "error",
     "plate-size": "error",
     "masks": "error",
     "data-outside-support": "error",
@@ -95,6 +96,7 @@ class Subject:
         loss: what `fit` would be given.
         in_train_mode: modules that were called in train mode, so far.
         foreign: names in the param store that belong to other pairs.
+        data_plate: as evaluators are given it.
         pair: one run on all of x.
         names: of the parameters of model and guide.
         modules: those that the pair calls or registers.
@@ -107,6 +109,7 @@ class Subject:
     loss: Any
     in_train_mode: list[torch.nn.Module]
     foreign: set[str]
+    data_plate: DataPlate
     pair: Run = field(init=False)
     names: tuple[set[str], set[str]] = field(init=False)
     modules: list[torch.nn.Module] = field(default_factory=list)

@@ -14,6 +14,7 @@ from pyro_lvm.tracing.questions import parameter_names
 from pyro_lvm.tracing.sites import check_determined, has_log_density, is_delta, match_sites
 from pyro_lvm.tracing.supports import outside_data, outside_error
 from pyro_lvm.training.engine import check_one_tensor_a_name
+from pyro_lvm.training.objective import check_summed_out
 
 __all__ = ["PLAIN", "QUESTIONS"]
 
@@ -40,6 +41,14 @@ def _runs(subject: Subject) -> Iterator[Finding]:
         subject.names = parameter_names(subject.model, subject.guide, *subject.batch.args)
     subject.modules = modules
     check_finite(subject.pair)
+
+
+def _moved(subject: Subject) -> Iterator[Finding]:
+    """Latents that are summed out over a dimension that is not theirs."""
+    if not subject.needs_no_guide:
+        pair = subject.pair
+        check_summed_out(subject.model, subject.guide, subject.batch.args, pair.model, pair.guide, subject.loss)
+    yield from ()
 
 
 def _names(subject: Subject) -> Iterator[Finding]:
@@ -90,7 +99,7 @@ def _data(subject: Subject) -> Iterator[Finding]:
 
 
 #: In the order in which they are asked.
-QUESTIONS = (_devices, _runs, _names, _sites, _data)
+QUESTIONS = (_devices, _runs, _moved, _names, _sites, _data)
 
 #: Those that do no more than run the pair.
 PLAIN = (_devices, _runs)

@@ -152,7 +152,7 @@ def probe_pair(
         guides = Runner(guide, layouts[1], guide_sites)
         with validation(False):
             drawn = {n: s["value"] for n, s in first.guide.items() if is_latent(s)}
-            check_enumerated(model, first.batch.args, drawn, match, depth)
+            check_enumerated(model, first.batch.args, drawn, match.enumerated, match.free, depth)
             modes = find_modes(models, guides, first.batch, match, vectorize, tied, hidden)
         bounded = has_bounded_data(first.model)
         return Plan(*layouts, match, modes.model, modes.guide, tied, bounded, modes.bytes_per_particle)

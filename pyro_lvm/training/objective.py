@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, SiteError
 from pyro_lvm.objectives.default import drawn_latents, model_and_loss
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
-from pyro_lvm.tracing.intercept import Trace, is_factor, is_latent, is_observed, run, scaled_plate
-from pyro_lvm.tracing.isolation import eval_mode
+from pyro_lvm.tracing.enumerated import check_enumerated
+from pyro_lvm.tracing.intercept import Trace, is_factor, is_latent, is_observed, is_unobserved, run, scaled_plate
+from pyro_lvm.tracing.isolation import eval_mode, evaluation_rng, validation
 from pyro_lvm.tracing.leaves import meets_strays, stray_names
+from pyro_lvm.tracing.plates import nesting
 from pyro_lvm.tracing.questions import batch_plate
 from pyro_lvm.training.diagnosis import check_follows_batches, outside_sites
 
-__all__ = ["Objective", "make_objective"]
+__all__ = ["Objective", "check_summed_out", "make_objective"]
 
 logger = logging.getLogger("pyro_lvm")
 
@@ -64,7 +66,8 @@ def make_objective(
     Raises:
         SiteError: the guide samples what the model does not have; no loss is given and the guide lacks a latent that
             cannot be enumerated; the guide lacks a latent and the model observes nothing; or the loss is a
-            ``TraceMeanField_ELBO``, which would be wrong on this pair.
+            ``TraceMeanField_ELBO``, which would be wrong on this pair; or values of a latent that is summed out have
+            moved to another dimension.
         PlateError: the guide has parameters for each datum and a batch is not all data, or the loss must be scaled to
             the data set, and cannot be.
     """
@@ -89,12 +92,30 @@ def make_objective(
     if frozen and not _is_messenger(programs[frozen]):
         programs[frozen] = _in_eval_mode(programs[frozen])
     notes = _drawn_notes(model_trace, guide_trace, loss)
+    check_summed_out(model, guide, batch, model_trace, guide_trace, loss)
     programs["model"], loss = model_and_loss(programs["model"], model, model_trace, guide_trace, loss)
     if isinstance(loss, ELBO):  # a function may see to parameters of its own
         notes += _stray_notes(model, guide, batch, update)
     if uses_mean_field(loss):
         notes += _mean_field_notes(programs["model"], programs["guide"], batch)
     return Objective(programs["model"], programs["guide"], loss, total, outside_sites(model_trace), notes)
+
+
+def check_summed_out(model: Program, guide: Program, batch: Args, seen: Trace, drawn: Trace, loss: Any) -> None:
+    """Latents that a Pyro loss sums out, or that are left to `fit`, keep to dimensions of their own.
+
+    Raises:
+        SiteError: one does not.
+    """
+    if loss is not None and not isinstance(getattr(loss, "wrapped", loss), TraceEnum_ELBO):
+        return
+    free = [name for name in seen if is_unobserved(name)]
+    lacking = [n for n, s in seen.items() if is_latent(s) and n not in drawn and n not in free]
+    names = [n for n in lacking if getattr(seen[n]["fn"], "has_enumerate_support", False)]
+    names = [n for n in names if n not in drawn_latents(seen, drawn, loss)]
+    values = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
+    with eval_mode(model, guide), torch.no_grad(), evaluation_rng(0), validation(False):
+        check_enumerated(model, batch, values, names, free, nesting(seen, drawn))
 
 
 def _mean_field_notes(model: Program, guide: Program, batch: Args) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pyro_lvm.errors import PlateError, ShapeError, SiteError
 from pyro_lvm.evidence import importance
 from pyro_lvm.tracing import log_weights
 from pyro_lvm.tracing.batch import make_batch
-from pyro_lvm.tracing.isolation import validation
+from pyro_lvm.tracing.isolation import evaluation_rng, validation
 from pyro_lvm.tracing.probe import probe_pair
 from pyro_lvm.tracing.weights import Proposal, weight_table
 from tests.references import ORACLES, SIGMA, Pair, data, normal_guide, normal_model, plain, posterior
@@ -410,7 +410,7 @@ def test_a_branch_on_all_particles_of_a_single_datum_is_looped() -> None:
             pyro.sample("x", dist.Normal(z, SIGMA if z.mean() > 0 else 2 * SIGMA), obs=x)
 
     for x in torch.linspace(-0.5, 0.5, 5, dtype=torch.float64):  # whose posterior has less or more on one side
-        with validation(False):
+        with validation(False), evaluation_rng(0):
             plan = probe_pair(model, normal_guide, make_batch(x[None], ()))
         assert plan.model_mode == "looped"
 
