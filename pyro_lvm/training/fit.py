@@ -76,7 +76,8 @@ def fit(
             lacks a discrete latent, or marks one, it is ``TraceEnum_ELBO``, which enumerates; without a guide, where
             Pyro cannot enumerate, it is the model's own exact ``log_prob``. A ``TraceMeanField_ELBO`` is checked by
             `objectives.analytic_kl` first, and ``FitResult.notes`` names the latents without a closed form. They name
-            too the discrete latents that the guide lacks and a ``Trace_ELBO`` draws from the prior, a looser bound.
+            too the discrete latents that the guide lacks and the loss draws from the prior, a looser bound, and what
+            requires a gradient and is in no param store.
         optim: a function of the list of parameters that returns one torch optimizer for all, or a Pyro optimizer. None
             is Adam with learning rate 1e-3.
         num_epochs: passes over the data; give this or ``num_steps``.

@@ -533,7 +533,7 @@ def test_a_discrete_latent_that_the_guide_draws():
 
 
 def test_a_prior_that_depends_on_what_is_summed_out():
-    with pytest.raises(SupportError, match=r"latent site 'z': expected a prior density.*\['c'\].*Pass a guide"):
+    with pytest.raises(SupportError, match=r"latent site 'z': expected a prior density.*\['c'\].*Pass guides"):
         annealed(two_classes, None, POINTS)
 
 
