@@ -11,7 +11,7 @@ import torch
 from pyro_lvm._checks import check_positive_int, check_program, refuse
 from pyro_lvm._interrupts import kept_if
 from pyro_lvm._typing import Chunks, Data, DataPlate, Guide, Guides, Model, Vectorize
-from pyro_lvm.errors import CheckpointError, DataTypeError, PyroLVMError
+from pyro_lvm.errors import DataTypeError, PlateError, SiteError, SupportError
 from pyro_lvm.evidence.annealed import run_annealed
 from pyro_lvm.evidence.data import data_source, device_of
 from pyro_lvm.evidence.pooled import pool
@@ -126,9 +126,8 @@ def defensive(
     with kept_if(lambda: True):  # what was pooled first
         if doubtful.any():
             chosen = _Chosen(source, doubtful, tied)
-            record = _annealed(
-                record, chosen, model, guides, num_chains, resume=resume, seed=_after(seed, 2), **settings
-            )
+            once = settings | {"resume": resume, "seed": _after(seed, 2)}
+            record = _annealed(record, chosen, model, guides, num_chains, **once)
         finished = record.provenance["finished"]
         if finished and not doubtful.all():
             finished, chosen = False, _Chosen(source, ~doubtful, tied)
@@ -143,9 +142,7 @@ def _annealed(
     """The record with some of its data annealed, or with the reason why they are not."""
     try:
         chains = run_annealed(model, guides, chosen.rows, num_chains, None, 3, **settings)
-    except CheckpointError:
-        raise
-    except PyroLVMError as error:  # as of discrete latents; what is there is not lost
+    except (PlateError, SiteError, SupportError) as error:  # as of discrete latents; what is there is not lost
         refused = {"annealing": {"num_data": 0, "refused": str(error)}}
         return replace(record, provenance=record.provenance | refused)
     done = min(len(chains), len(chosen.at))

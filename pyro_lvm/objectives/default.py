@@ -26,7 +26,7 @@ from pyro_lvm.tracing.params import anchor
 from pyro_lvm.tracing.plates import nesting
 from pyro_lvm.tracing.sites import check_observes
 
-__all__ = ["check_loss", "default_loss", "drawn_latents", "model_and_loss"]
+__all__ = ["check_loss", "default_loss", "drawn_latents", "model_and_loss", "summed_latents"]
 
 Program = Callable[..., Any]
 
@@ -97,13 +97,25 @@ def default_loss(program: Program, model: Trace, guide: Trace) -> tuple[Any, boo
 def drawn_latents(model: Trace, guide: Trace, loss: Any) -> list[str]:
     """Discrete latents that the guide lacks and the loss of a user draws from the prior, where others sum them out."""
     loss = loss.wrapped if isinstance(loss, KLAnnealing) else loss
-    if not isinstance(loss, _DRAWING + _ENUMERATING):
-        return []
-    missing = _missing({n: s for n, s in model.items() if not is_unobserved(n)}, guide)
-    drawn = [n for n, fn in missing.items() if getattr(fn, "has_enumerate_support", False)]
+    drawn = _discrete(model, guide) if isinstance(loss, _DRAWING + _ENUMERATING) else []
     if isinstance(loss, _ENUMERATING):
         drawn = [n for n in drawn if model[n]["infer"].get("enumerate") != "parallel"]
     return drawn
+
+
+def summed_latents(model: Trace, guide: Trace, loss: Any) -> list[str]:
+    """Discrete latents that the guide lacks and Pyro sums out, for a loss of its own or where none is given."""
+    loss = loss.wrapped if isinstance(loss, KLAnnealing) else loss
+    if loss is not None and not isinstance(loss, _ENUMERATING):
+        return []
+    drawn = drawn_latents(model, guide, loss)
+    return [name for name in _discrete(model, guide) if name not in drawn]
+
+
+def _discrete(model: Trace, guide: Trace) -> list[str]:
+    """Latents that the guide lacks and that could be summed out."""
+    missing = _missing({n: s for n, s in model.items() if not is_unobserved(n)}, guide)
+    return [n for n, fn in missing.items() if getattr(fn, "has_enumerate_support", False)]
 
 
 def _missing(model: Trace, guide: Trace) -> dict[str, Any]:

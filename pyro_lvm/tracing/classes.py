@@ -39,10 +39,8 @@ def classes(site: Site, joint: bool = False) -> torch.Tensor:
         SupportError: the site is not discrete, or has more than one value for each result.
     """
     fn, base = site["fn"], base_distribution(site["fn"])
-    single = len(vectorised_frames(site)) == (0 if joint else 1) and fn.event_dim == int(
-        isinstance(base, dist.OneHotCategorical)
-    )
-    if not (fn.has_enumerate_support and single):
+    single = fn.event_dim == int(isinstance(base, dist.OneHotCategorical))
+    if not (fn.has_enumerate_support and single and len(vectorised_frames(site)) == (0 if joint else 1)):
         got = f"{type(base).__name__} of shape {tuple(fn.shape())}"
         cure = "For any other ask expectation(model, guide, x, fn)."
         expected = f"a discrete latent with one value {'of all data' if joint else 'a datum'}"

@@ -17,7 +17,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from pyro_lvm._checks import data_tensor, refuse
+from pyro_lvm._checks import data_tensor, from_array, refuse
 from pyro_lvm._typing import Data
 from pyro_lvm.errors import DataTypeError, ShapeError
 from pyro_lvm.tracing.batch import Batch, make_batch
@@ -79,7 +79,7 @@ def make_batches(data: Data, batch_size: int, device: torch.device | None) -> Ba
             raise ShapeError(refuse("data", "at least one datum", "an empty Dataset", "Check how it was made."))
         return _from_loader(DataLoader(data, batch_size, shuffle=batch_size < num_data), device)
     x, *rest = data if isinstance(data, tuple) and data else (data,)
-    arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in rest]
+    arrays = [from_array(a) if isinstance(a, np.ndarray) else a for a in rest]
     return _from_tensors(make_batch(data_tensor("data", x), arrays), batch_size, device)
 
 

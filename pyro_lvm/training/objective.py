@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO
 
 from pyro_lvm._checks import refuse
 from pyro_lvm.errors import PlateError, SiteError
-from pyro_lvm.objectives.default import drawn_latents, model_and_loss
+from pyro_lvm.objectives.default import drawn_latents, model_and_loss, summed_latents
 from pyro_lvm.objectives.mean_field import check_mean_field, uses_mean_field
 from pyro_lvm.tracing.enumerated import check_enumerated
 from pyro_lvm.tracing.intercept import Trace, is_factor, is_latent, is_observed, is_unobserved, run, scaled_plate
@@ -107,12 +107,8 @@ def check_summed_out(model: Program, guide: Program, batch: Args, seen: Trace, d
     Raises:
         SiteError: one does not.
     """
-    if loss is not None and not isinstance(getattr(loss, "wrapped", loss), TraceEnum_ELBO):
-        return
+    names = summed_latents(seen, drawn, loss)
     free = [name for name in seen if is_unobserved(name)]
-    lacking = [n for n, s in seen.items() if is_latent(s) and n not in drawn and n not in free]
-    names = [n for n in lacking if getattr(seen[n]["fn"], "has_enumerate_support", False)]
-    names = [n for n in names if n not in drawn_latents(seen, drawn, loss)]
     values = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
     with eval_mode(model, guide), torch.no_grad(), evaluation_rng(0), validation(False):
         check_enumerated(model, batch, values, names, free, nesting(seen, drawn))

@@ -224,6 +224,8 @@ def test_what_is_annealed_can_be_gone_on_with(tmp_path, monkeypatch):
     assert found.value.equal(whole.value)
     with pytest.raises(DataTypeError, match="an integer beside resume=, got None"):
         defensive(model, guide, X, *ARGS, resume=tmp_path)
+    with pytest.raises(DataTypeError, match="resume: expected the path of a directory"):
+        defensive(model, guide, X, *ARGS, resume=5, **options)
     with pytest.raises(CheckpointError, match="num_particles"):
         defensive(model, guide, X, *ARGS, resume=tmp_path, **options | {"num_chains": 40})
 

@@ -326,31 +326,33 @@ def test_validation_in_a_store_of_its_own():
 # Schedules and loggers.
 
 
+class Rates(torch.optim.SGD):
+    """Notes the rate of each update."""
+
+    def __init__(self, rates, params, lr):
+        super().__init__(params, lr=lr)
+        self.rates = rates
+
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
 @pytest.mark.parametrize(("every", "expected"), [("step", [1, 0.5, 0.25, 0.125]), ("epoch", [1, 1, 0.5, 0.5])])
 def test_schedule(every, expected):
     rates = []
-
-    class Rates(torch.optim.SGD):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(closure)
-
     schedule = Schedule(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), every=every)
-    fit(*make_pair(), data(), optim=lambda p: Rates(p, lr=1.0), num_epochs=2, batch_size=10, callbacks=[schedule])
+    fit(
+        *make_pair(), data(), optim=lambda p: Rates(rates, p, lr=1.0), num_epochs=2, batch_size=10, callbacks=[schedule]
+    )
     assert rates == expected
 
 
 def test_a_schedule_sets_the_rate_of_the_first_update():
     rates = []
-
-    class Rates(torch.optim.SGD):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(closure)
-
     warm_up = Schedule(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: (step + 1) / 4))
     for _ in range(2):  # and again in a second run
-        fit(*make_pair(), data(), optim=lambda p: Rates(p, lr=2**-10), num_steps=4, callbacks=[warm_up])
+        fit(*make_pair(), data(), optim=lambda p: Rates(rates, p, lr=2**-10), num_steps=4, callbacks=[warm_up])
     assert rates == [0.25 * 2**-10, 0.5 * 2**-10, 0.75 * 2**-10, 2**-10] * 2
 
 
@@ -376,16 +378,17 @@ def test_skipped_steps_do_not_advance_a_schedule():
 def test_a_plateau_is_found_in_the_loss(every, expected):
     # the loss never falls by 9: the first value stays the best, and two more are a plateau; an epoch is 2 steps
     rates = []
-
-    class Rates(torch.optim.SGD):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(closure)
-
     schedule = Schedule(
         lambda optimizer: ReduceLROnPlateau(optimizer, patience=1, threshold=9.0, threshold_mode="abs"), every
     )
-    fit(*make_pair(), data(), optim=lambda p: Rates(p, lr=1e-4), num_epochs=4, batch_size=10, callbacks=[schedule])
+    fit(
+        *make_pair(),
+        data(),
+        optim=lambda p: Rates(rates, p, lr=1e-4),
+        num_epochs=4,
+        batch_size=10,
+        callbacks=[schedule],
+    )
     assert rates == pytest.approx(expected)
 
 
